@@ -1,0 +1,3 @@
+# BitNet b1.58 (2402.17764): ternary weights, 8-bit activations, float32 master, straight-through
+weights = 'ternary/tensor/absmean'
+activations = 'int8/row'

@@ -1,0 +1,7 @@
+# direct 4-bit training (paper 2, 2412.04787): int4 codes are the only weights, updated by stochastic rounding
+master = 'int4/row/stochastic'
+activations = 'int8/row'
+adam_m = 'int8/row'
+adam_v = 'factored'
+code_lr = 0.03
+scale_lr = 0.01

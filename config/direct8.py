@@ -1,0 +1,7 @@
+# direct 8-bit training (paper 2, 2412.04787): int8 codes are the only weights, updated by stochastic rounding
+master = 'int8/row/stochastic'
+activations = 'int8/row'
+adam_m = 'int8/row'
+adam_v = 'factored'
+code_lr = 0.01
+scale_lr = 0.01

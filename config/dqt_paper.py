@@ -1,0 +1,7 @@
+# paper 2 as published (2412.04787): ternary codes, AdamW in weight space, scale fixed at mean|w|
+master = 'ternary/tensor/absmean/stochastic'
+activations = 'int8/row'
+learning_rate = 5e-4
+weight_decay = 0.01
+beta2 = 0.999
+eps = 1e-6

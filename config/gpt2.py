@@ -1,0 +1,13 @@
+# size: GPT-2 124M. 0.5M tokens a step on one GPU; with torchrun divide grad_accum by their number
+flavour = 'gpt2'
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+dataset = 'openwebtext'
+batch_size = 32
+grad_accum = 16
+learning_rate = 6e-4
+warmup_iters = 1000
+max_iters = 100000
+eval_interval = 1000

@@ -1,0 +1,13 @@
+# size: GPT-2 350M. 0.5M tokens a step on one GPU; with torchrun divide grad_accum by their number
+flavour = 'gpt2'
+n_layer = 24
+n_head = 16
+n_embd = 1024
+block_size = 1024
+dataset = 'openwebtext'
+batch_size = 16
+grad_accum = 32
+learning_rate = 3e-4
+warmup_iters = 1000
+max_iters = 100000
+eval_interval = 1000

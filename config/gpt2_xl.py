@@ -1,0 +1,13 @@
+# size: GPT-2 1.5B. 0.5M tokens a step on one GPU; with torchrun divide grad_accum by their number
+flavour = 'gpt2'
+n_layer = 48
+n_head = 25
+n_embd = 1600
+block_size = 1024
+dataset = 'openwebtext'
+batch_size = 8
+grad_accum = 64
+learning_rate = 2e-4
+warmup_iters = 1000
+max_iters = 100000
+eval_interval = 1000

@@ -1,0 +1,13 @@
+# size: LLaMA-shaped, 1.1B. 0.5M tokens a step on one GPU; with torchrun divide grad_accum by their number
+flavour = 'llama'
+n_layer = 22
+n_head = 16
+n_embd = 2048
+block_size = 2048
+dataset = 'fineweb'
+batch_size = 8
+grad_accum = 32
+learning_rate = 3e-4
+warmup_iters = 1000
+max_iters = 20000
+eval_interval = 1000

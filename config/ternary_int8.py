@@ -1,0 +1,8 @@
+# ternary weights on an int8 master: the forward sees ternary, the optimizer moves 8-bit codes, no float copy
+weights = 'ternary/row/absmean'
+master = 'int8/row/stochastic'
+activations = 'int8/row'
+adam_m = 'int8/row'
+adam_v = 'factored'
+code_lr = 0.01
+scale_lr = 0.01

@@ -1,0 +1,3 @@
+# paper 1 (2407.11722): 8-bit weights and activations
+weights = 'int8/row'
+activations = 'int8/row'

@@ -1,0 +1,603 @@
+"""
+Train, evaluate and sample one GPT, with any quantization strategy:
+
+    python train.py config/ternary.py                            one strategy, at the default size
+    python train.py config/gpt2.py config/w8a8.py                a size and a strategy; later files win
+    python train.py config/ternary.py --learning_rate=1e-3       and flags win over files
+    python train.py config/ternary.py --init_from=resume         go on where it stopped
+    torchrun --nproc_per_node=8 train.py config/gpt2.py          data-parallel
+
+Writes <out_dir>/ckpt.pt and <out_dir>/log.jsonl, one JSON object a line.
+"""
+import ast
+import difflib
+import json
+import math
+import operator
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.tokenizer import encoding
+from model import GPT
+from quant import AdamW, health, held, shares, spec
+
+
+@dataclass
+class Config:
+    # the model; the default size trains in minutes on two CPU cores
+    flavour: str = 'llama'       # or gpt2
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    hidden: int = 0              # width of the MLP; 0: 4 n_embd (gpt2), 8/3 n_embd up to a multiple of 256 (llama)
+    block_size: int = 256        # longest context, in tokens
+    bias: bool = False           # gpt2 only
+    dropout: float = 0.0
+    rope_theta: float = 10000.0  # llama only
+    init_gain: float = 0.0       # > 0: block linears start from N(0, init_gain^2 / fan_in); 0: as GPT-2
+    quantize_head: bool = False  # the head too takes weights, activations and gradients below
+
+    # the strategy: Specs as quant.py reads them, 'int8/row', 'ternary/tensor/absmean', ...; '' is full precision
+    weights: str = ''            # weights of block linears, as the forward sees them
+    activations: str = ''        # their inputs
+    gradients: str = ''          # gradients of their outputs,
+    gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
+    backward: str = 'ste'        # the backward multiplies by quantized x and w (ste) or by full ones (full)
+    kv_cache: str = ''           # keys and values
+    master: str = ''             # the weights as they are stored between steps
+    adam_m: str = ''             # Adam's moments as they are stored
+    adam_v: str = ''             # a Spec, or 'factored'
+
+    # the optimizer: AdamW, linear warm-up, cosine to min_lr
+    learning_rate: float = 3e-3
+    min_lr: float = 0.0          # as a fraction of learning_rate
+    warmup_iters: int = 100
+    max_iters: int = 1000
+    weight_decay: float = 0.1    # of matrices
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0       # by global norm; 0: off
+    # the optimizer of low-bit masters
+    code_lr: float = 0.0         # > 0: direct update, in half ranges of the grid a step; 0: by learning_rate
+    scale_lr: float = 0.0        # > 0: the scales of the codes are learned
+    threshold: float = 0.0       # no flips on evidence below so many standard deviations of the noise
+    ramp: float = 0.0            # > 0: beta1 grows over time, 1 - 1 / (10 + t / ramp)
+
+    # the data
+    dataset: str = 'python'      # folder in data/
+    batch_size: int = 8          # sequences of block_size tokens, for each process and micro-step
+    grad_accum: int = 1          # micro-steps to a step
+
+    # the run
+    out_dir: str = ''            # '': out/ and the names of the config files
+    overwrite: bool = False      # throw away a run that is in out_dir
+    init_from: str = 'scratch'   # or resume, the path of a checkpoint, or gpt2 (needs transformers)
+    seed: int = 1337
+    eval_only: bool = False      # evaluate and sample, do not train
+    eval_interval: int = 250     # steps between evaluations, each of which saves a checkpoint
+    eval_tokens: int = 2 ** 15   # of val.bin; the last evaluation takes up to 2^22
+    log_interval: int = 10
+    prompt: str = '\n'           # the sample continues it
+    sample_tokens: int = 256
+    device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several
+    dtype: str = 'auto'          # of activations: bfloat16 where it is fast, or float32
+    compile: str = 'auto'        # torch.compile: yes or no; auto: on a GPU
+
+
+# what may differ between a run and its continuation
+RUN_KEYS = {'out_dir', 'overwrite', 'init_from', 'eval_only', 'eval_interval', 'eval_tokens', 'log_interval',
+            'prompt', 'sample_tokens', 'device', 'compile'}
+
+
+def fail(message):
+    raise SystemExit(f'error: {message}')
+
+
+# ------------------------------------------------------------------------------------------------
+# the command line: config files and flags are data, read without running them
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+
+
+def literal(node):
+    """The value of a constant, or of arithmetic on numbers. Raises ValueError for any other expression."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -literal(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        a, b = literal(node.left), literal(node.right)
+        if all(isinstance(x, (int, float)) and abs(x) < 2 ** 63 for x in (a, b)):
+            if not isinstance(node.op, ast.Pow) or abs(b) < 64:
+                return OPERATORS[type(node.op)](a, b)
+    raise ValueError
+
+
+def assign(config, key, node, text, where):
+    """Set config.key to the value of an expression (or to the bare text of a flag, where a string is due)."""
+    types = {f.name: f.type for f in fields(Config)}
+    if key not in types:
+        near = difflib.get_close_matches(key, types, 1)
+        fail(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else '; see train.py'))
+    try:
+        value = literal(node)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = text
+    kind = types[key]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is bool and isinstance(value, str) and value.lower() in ('true', 'false'):
+        value = value.lower() == 'true'
+    if kind is str and where.startswith('--') and type(value) is not str:
+        value = text                                # --weights=8 is a string too
+    if type(value) is not kind:
+        fail(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, not {text}")
+    setattr(config, key, value)
+
+
+def parse(argv):
+    """Config files and --key=value flags, in order, to a checked Config."""
+    config, names = Config(), []
+    for arg in argv:
+        if arg.startswith('--') and '=' in arg:
+            key, text = arg[2:].split('=', 1)
+            try:
+                node = ast.parse(text, mode='eval').body
+            except (SyntaxError, ValueError):
+                node = None
+            assign(config, key, node, text, f'--{key}')
+        elif arg.startswith('-'):
+            fail(f"'{arg}': flags look like --key=value")
+        else:
+            parse_file(config, arg)
+            names.append(os.path.splitext(os.path.basename(arg))[0])
+    config.out_dir = config.out_dir or 'out/' + ('-'.join(names) or 'default')
+    check(config)
+    return config
+
+
+def parse_file(config, path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            source = f.read()
+        tree = ast.parse(source)
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f'cannot read config file {path}: {e}')
+    except (SyntaxError, ValueError) as e:
+        fail(f"{path}:{getattr(e, 'lineno', 1)}: not a config file: {e}")
+    for line in tree.body:
+        where = f'{path}:{line.lineno}'
+        if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):
+            assign(config, line.targets[0].id, line.value, ast.get_source_segment(source, line.value), where)
+        elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):   # a docstring
+            fail(f'{where}: a config file has lines of the form key = value, nothing else')
+
+
+def check(config):
+    """Everything that can be said to be wrong before anything is built."""
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_iters', 'batch_size', 'grad_accum',
+                'eval_interval', 'eval_tokens', 'log_interval', 'learning_rate', 'eps', 'rope_theta'):
+        if not getattr(config, key) > 0:
+            fail(f'{key} = {getattr(config, key)} must be greater than 0')
+    for key in ('hidden', 'init_gain', 'warmup_iters', 'weight_decay', 'grad_clip', 'code_lr', 'scale_lr', 'threshold',
+                'ramp', 'min_lr', 'sample_tokens', 'seed'):
+        if not getattr(config, key) >= 0:
+            fail(f'{key} = {getattr(config, key)} must not be negative')
+    for key in ('dropout', 'beta1', 'beta2'):
+        if not 0 <= getattr(config, key) < 1:
+            fail(f'{key} = {getattr(config, key)} must lie in [0, 1)')
+    for key in ('weights', 'activations', 'gradients', 'kv_cache', 'master', 'adam_m', 'adam_v'):
+        if (key, getattr(config, key)) != ('adam_v', 'factored'):
+            try:
+                spec(getattr(config, key))
+            except ValueError as e:
+                fail(f'{key}: {e}')
+    for key, good in (('compile', ('auto', 'yes', 'no')), ('dtype', ('auto', 'float32', 'bfloat16'))):
+        if getattr(config, key) not in good:
+            fail(f"{key} = '{getattr(config, key)}': use {', '.join(good)}")
+    if config.code_lr and (not config.master or config.master.startswith('bf16')):
+        fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
+
+
+# ------------------------------------------------------------------------------------------------
+# data: flat files of uint16 tokens, and an order that is a function of (seed, step) alone
+
+def load_data(config, rank):
+    """train, val (uint16 arrays) and meta of data/<dataset>; corpora that need no download are built."""
+    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', config.dataset)
+    script = os.path.join(root, 'prepare.py')
+    path = os.path.join(root, 'meta.json')
+    if not os.path.exists(path) and config.dataset in ('python', 'sympy') and rank == 0:
+        if subprocess.run([sys.executable, script]).returncode:
+            fail(f'could not build the corpus {config.dataset}, see above')
+    if dist.is_initialized():
+        dist.barrier()
+    if not os.path.exists(path):
+        fail(f"no data in data/{config.dataset}: run python data/{config.dataset}/prepare.py" if os.path.exists(script)
+             else f"no dataset '{config.dataset}': there is no folder data/{config.dataset} with a meta.json")
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        splits = []
+        for split in ('train', 'val'):
+            name = os.path.join(root, split + '.bin')
+            size = os.path.getsize(name)
+            if size != 2 * meta[split + '_tokens']:
+                fail(f'{name} has {size} bytes instead of {2 * meta[split + "_tokens"]}: it is truncated or of '
+                     f'another vocabulary; run data/{config.dataset}/prepare.py again')
+            small = size < 100e6
+            splits.append(np.fromfile(name, '<u2') if small else np.memmap(name, '<u2', mode='r'))
+            if len(splits[-1]) <= config.block_size:
+                fail(f'{name} has {len(splits[-1])} tokens, not more than block_size = {config.block_size}')
+    except (OSError, ValueError, KeyError) as e:
+        fail(f'cannot read the dataset {config.dataset}: {e!r}; run its prepare.py again')
+    return *splits, meta
+
+
+def to_batch(data, starts, T, vocab_size, device):
+    """x, y (B, T) from the windows that begin at `starts`; y is x one token on."""
+    window = np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64)
+    if window.max() >= vocab_size:
+        fail(f'the data has token id {window.max()}, beyond the vocabulary of {vocab_size}; run prepare.py again')
+    window = torch.from_numpy(window)
+    if device.type == 'cuda':
+        window = window.pin_memory().to(device, non_blocking=True)
+    window = window.to(device)
+    return window[:, :-1], window[:, 1:]
+
+
+def window_starts(config, step, n_tokens, world):
+    """Where the windows of a step begin, for all ranks and micro-steps: (grad_accum, world, batch_size).
+
+    The windows are drawn anew for every step from (seed, step): resuming needs no state, and evaluation,
+    precision and the number of processes change nothing as long as the product of the three is the same."""
+    rng = np.random.default_rng((config.seed, step))
+    shape = config.grad_accum, world, config.batch_size
+    return rng.integers(n_tokens - config.block_size, size=math.prod(shape)).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------
+# checkpoints: dicts, tensors and numbers
+
+def save(path, checkpoint):
+    """Write beside, then rename: whenever it is interrupted, `path` holds a whole checkpoint."""
+    with open(path + '.tmp', 'wb') as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def load(path):
+    if not os.path.exists(path):
+        fail(f'no checkpoint {path}')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint['config'], checkpoint['model'], checkpoint['iter']
+        return checkpoint
+    except Exception as e:              # a damaged file raises anything at all
+        fail(f'{path} is not a whole checkpoint of this program ({type(e).__name__}); train it again')
+
+
+def load_weights(model, config, checkpoint, path):
+    """Put a checkpoint's weights into a fresh model, which leaves as config.master says."""
+    master = checkpoint['config']['master']
+    if master not in ('', config.master):
+        fail(f"{path} stores its weights as '{master}' and has no others: use --master={master}")
+    model.store_(master)
+    try:
+        model.load_state_dict(checkpoint['model'])
+    except RuntimeError as e:
+        detail = ' '.join(str(e).split('\n')[1].split())
+        fail(f'{path} is a model of another shape: {detail}')
+    if not master:
+        model.store_(config.master)
+
+
+# ------------------------------------------------------------------------------------------------
+# training
+
+def pick_device(config, local_rank):
+    name = config.device
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"device '{name}' is not there ({str(e).splitlines()[0]}); use --device=auto")
+    return device
+
+
+def pick_dtype(config, device):
+    """bfloat16 where matmuls have hardware for it."""
+    if config.dtype != 'auto':
+        return getattr(torch, config.dtype)
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else
+            device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def schedule(config, step):
+    """The learning rates of a step (from 0) as a fraction of their peaks: linear up, cosine down to min_lr."""
+    if step < config.warmup_iters:
+        return (step + 1) / (config.warmup_iters + 1)
+    done = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def build(config, checkpoint, vocab_size, device):
+    """The model, from scratch, a checkpoint or GPT-2's weights, on its device, its masters low-bit."""
+    torch.manual_seed(config.seed)      # before any weight is drawn; on the CPU: the same on every device
+    if config.init_from == 'gpt2':
+        model = GPT.from_pretrained(config, vocab_size).to(device)
+    else:
+        model = GPT(config, vocab_size).to(device)
+    if checkpoint:
+        load_weights(model, config, checkpoint, config.init_from)
+    else:
+        model.store_(config.master)
+    return model
+
+
+def open_run(config, rank):
+    """The checkpoint to start from, or None. Never touches a run that is there unless told to."""
+    ckpt, log = (os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'log.jsonl'))
+    if config.init_from == 'resume':
+        checkpoint = load(ckpt)
+        for key, old in checkpoint['config'].items():
+            if key not in RUN_KEYS and getattr(config, key) != old:
+                fail(f'{ckpt} was trained with {key} = {old!r}, not {getattr(config, key)!r}; to go on, give the '
+                     'same; for a new run from its weights, --init_from=PATH and another out_dir')
+        return checkpoint
+    if not config.eval_only and (os.path.exists(ckpt) or os.path.exists(log)):
+        if not config.overwrite:
+            fail(f'{config.out_dir} holds a run: go on with --init_from=resume, choose another --out_dir, or throw '
+                 'it away with --overwrite=True')
+        if rank == 0:
+            for path in (ckpt, log):
+                os.path.exists(path) and os.remove(path)
+    return load(config.init_from) if config.init_from not in ('scratch', 'gpt2') else None
+
+
+def cut_log(path, step):
+    """Drop what a run logged after the checkpoint that it resumes from; a half-written last line too."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding='utf-8') as f:
+        lines = f.read().splitlines(keepends=True)
+    keep = [line for line in lines if line.endswith('\n') and 0 <= json.loads(line).get('iter', 0) <= step
+            and 'done' not in json.loads(line)]
+    with open(path, 'w', encoding='utf-8') as f:
+        f.writelines(keep)
+
+
+class Log:
+    """stdout for people, <out_dir>/log.jsonl for programs; only rank 0 writes."""
+
+    def __init__(self, path, rank):
+        self.file = open(path, 'a', encoding='utf-8') if path and rank == 0 else None
+        self.rank = rank
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def line(self, **entry):
+        if self.file:
+            self.file.write(json.dumps(entry) + '\n')
+            self.file.flush()
+
+
+class Run:
+    """One run: the model, its optimizer, the data, and how far it is."""
+
+    def __init__(self, config, rank, world):
+        self.config, self.rank, self.world = config, rank, world
+        checkpoint = open_run(config, rank)
+        self.device = pick_device(config, int(os.environ.get('LOCAL_RANK', 0)))
+        self.train_data, self.val_data, self.meta = load_data(config, rank)
+        resuming = config.init_from == 'resume'
+        if resuming and checkpoint['sha256'] != self.meta['sha256']:
+            fail(f"the checkpoint was trained on another version of data/{config.dataset} (sha256 "
+                 f"{checkpoint['sha256'][:12]}, now {self.meta['sha256'][:12]}); losses would not compare")
+        self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64        # a multiple of 64 suits the matmuls
+        self.raw = build(config, checkpoint, self.vocab_size, self.device)
+        self.raw.dtype = pick_dtype(config, self.device)
+        compiled = config.compile == 'yes' or config.compile == 'auto' and self.device.type == 'cuda'
+        self.model = torch.compile(self.raw) if compiled else self.raw
+        self.optimizer = AdamW(
+            self.raw, config.learning_rate, (config.beta1, config.beta2), config.eps, config.weight_decay,
+            config.adam_m, config.adam_v, config.code_lr, config.scale_lr, config.threshold, config.ramp,
+            config.seed, compiled)
+        self.step, self.seconds = 0, 0.0
+        self.tokens = config.grad_accum * world * config.batch_size * config.block_size        # in a step
+        if resuming:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            self.step, self.seconds = checkpoint['iter'], checkpoint['seconds']
+        self.start_log(resuming)
+
+    def start_log(self, resuming):
+        config, path = self.config, os.path.join(self.config.out_dir, 'log.jsonl')
+        if config.eval_only:
+            path = None
+        elif self.rank == 0:
+            os.makedirs(config.out_dir, exist_ok=True)
+            cut_log(path, self.step)
+        self.log = Log(path, self.rank)
+        where = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else self.device.type
+        dtype = str(self.raw.dtype).split('.')[1]
+        if not resuming:
+            self.log.line(config=asdict(config), sha256=self.meta['sha256'], versions={
+                'python': platform.python_version(), 'torch': torch.__version__, 'device': where, 'dtype': dtype})
+        count = sum(p.numel() for p in self.raw.parameters())
+        self.log.say(f'{config.flavour} {config.n_layer}x{config.n_embd}, {count / 1e6:.2f}M parameters, {dtype} on '
+                     f'{where}, data/{config.dataset} {self.meta["sha256"][:12]}')
+
+    @torch.no_grad()
+    def evaluate(self, most):
+        """Loss in nats a token and bits a byte over windows spread evenly over val, about `most` tokens at most."""
+        T, B, data = self.config.block_size, self.config.batch_size, self.val_data
+        n = max(1, min(most // T, (len(data) - 1) // T))
+        starts = np.linspace(0, len(data) - 1 - T, n).astype(np.int64)
+        total = torch.zeros(2, dtype=torch.float64)
+        self.model.eval()
+        for i in range(self.rank * B, n, self.world * B):
+            x, y = to_batch(data, starts[i:i + B], T, self.vocab_size, self.device)
+            total += torch.tensor([self.model(x, y).item() * len(x), len(x)], dtype=torch.float64)
+        self.model.train()
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        loss = (total[0] / total[1]).item()
+        return {'val_loss': loss, 'val_bpb': loss / math.log(2) / self.meta['bytes_per_token']}
+
+    def save(self):
+        if self.rank == 0:
+            save(os.path.join(self.config.out_dir, 'ckpt.pt'),
+                 {'config': asdict(self.config), 'sha256': self.meta['sha256'], 'iter': self.step,
+                  'seconds': self.seconds, 'model': self.raw.state_dict(),
+                  'optimizer': self.optimizer.state_dict()})
+
+    def health(self):
+        x, _ = to_batch(self.val_data, [0], self.config.block_size, self.vocab_size, self.device)
+        return health(self.raw, x)
+
+    def check_up(self):
+        """Evaluate, look at the health of quantization, save."""
+        result = self.evaluate(self.config.eval_tokens)
+        self.log.line(iter=self.step, **result, health=self.health())
+        self.log.say(f'step {self.step}: val loss {result["val_loss"]:.4f} nats/token, '
+                     f'{result["val_bpb"]:.4f} bits/byte')
+        self.save()
+
+    def gradients(self):
+        """Gradients of one step, summed over micro-steps and processes; (loss, number of wishes to stop)."""
+        config, world = self.config, self.world
+        starts = window_starts(config, self.step, len(self.train_data), world)
+        total = torch.zeros(2, device=self.device)
+        self.optimizer.zero_grad()
+        for micro in range(config.grad_accum):
+            x, y = to_batch(self.train_data, starts[micro, self.rank], config.block_size, self.vocab_size, self.device)
+            self.raw.set_noise(config.seed, self.step, micro * world + self.rank)
+            loss = self.model(x, y) / (config.grad_accum * world)
+            loss.backward()
+            total[0] += loss.detach()
+        total[1] = len(stopping)
+        if world > 1:
+            for p in self.raw.parameters():
+                dist.all_reduce(p.grad)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def advance(self):
+        """One optimizer step; returns what to log of it and whether to stop."""
+        config = self.config
+        loss, stop = self.gradients()
+        if not math.isfinite(loss):
+            kept = os.path.join(config.out_dir, 'ckpt.pt')
+            fail(f'the loss is {loss} at step {self.step}: lower learning_rate or use more bits'
+                 + (f'; {kept} is the last good checkpoint' if os.path.exists(kept) else ''))
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip)
+        self.optimizer.step(schedule(config, self.step))
+        self.step += 1
+        return loss, stop
+
+    def train(self):
+        config = self.config
+        bar = tqdm(total=config.max_iters, initial=self.step, disable=None if self.rank == 0 else True, unit='step')
+        losses, busy = [], 0.0                                          # since the last log line
+        self.model.train()
+        while self.step < config.max_iters:
+            began = time.perf_counter()
+            loss, stop = self.advance()
+            losses.append(loss)
+            busy += time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
+            bar.update()
+            if self.step % config.log_interval == 0:
+                loss, rate = sum(losses) / len(losses), len(losses) * self.tokens / busy
+                flips = {'flips': self.optimizer.flips()} if config.master else {}
+                self.log.line(iter=self.step, train_loss=loss, tokens_per_s=rate, **flips)
+                bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
+                if bar.disable and self.step % (10 * config.log_interval) == 0:
+                    self.log.say(f'step {self.step}/{config.max_iters}: loss {loss:.4f}, {rate:.0f} tokens/s')
+                losses, busy = [], 0.0
+            if stop:
+                self.save()
+                bar.close()
+                self.log.say(f'saved after step {self.step}; to go on, the same command and --init_from=resume')
+                raise SystemExit(130)
+            if self.step % config.eval_interval == 0 and self.step < config.max_iters:
+                self.check_up()
+        bar.close()
+
+    def sample(self):
+        """The prompt and what the model makes of it, as text."""
+        config, enc = self.config, encoding(self.meta)
+        idx = torch.tensor([enc.encode_ordinary(config.prompt) or [0]], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.raw.eval()
+        tokens = self.raw.generate(idx, config.sample_tokens, generator=generator)[0].tolist()
+        return enc.decode([t for t in tokens if t < self.meta['vocab_size']])     # none of the padding
+
+    def finish(self):
+        """The last evaluation, over val as a whole if it has no more than 2^22 tokens; a sample; a summary."""
+        log, result = self.log, self.evaluate(2 ** 22)
+        if self.config.sample_tokens:
+            log.say(f'--- sample ---\n{self.sample()}\n--------------')
+        log.say(f'val loss {result["val_loss"]:.4f} nats/token, {result["val_bpb"]:.4f} bits/byte')
+        if self.config.eval_only:
+            return
+        size, tokens = held(self.raw, self.optimizer), self.config.max_iters * self.tokens
+        each = size['linear']
+        log.say('held: ' + ', '.join(f'{k} {size[k] / 1e6:.2f} MB' for k in ('weights', 'optimizer', 'gradients')))
+        log.say('bytes a weight in the block linears: ' + ', '.join(f'{k} {v:.2f}' for k, v in each.items())
+                + f'; weights and optimizer together {each["weights"] + each["optimizer"]:.2f}')
+        levels = shares(self.raw)
+        if levels:
+            log.say('share of codes: ' + ', '.join(f'{level}: {share:.3f}' for level, share in levels.items()))
+        log.say(f'{tokens / self.seconds:.0f} tokens/s, {self.seconds:.0f} s of training')
+        log.line(done=True, iter=self.step, **result, bytes=size, levels=levels, seconds=self.seconds,
+                 health=self.health())
+        self.save()
+
+
+stopping = []       # Ctrl-C and SIGTERM put something in; the step in progress is finished first
+
+
+def main(argv):
+    config = parse(argv)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1:
+        dist.init_process_group('nccl' if torch.cuda.is_available() and config.device in ('auto', 'cuda') else 'gloo')
+    try:
+        run = Run(config, rank, world)
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, lambda *_: stopping.append(1))
+        if not config.eval_only:
+            run.train()
+        run.finish()
+    except ValueError as e:             # a Spec or a shape that does not fit the model
+        fail(e)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
