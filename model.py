@@ -116,11 +116,6 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.flavour == 'gpt2' else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config)
-        self.lm_head = None                        # the head is wte itself, unless it is quantized
-        if config.quantize_head:
-            self.lm_head = Linear(config.n_embd, vocab_size, False, config.weights, config.activations,
-                                  config.gradients, config.gradients_in, config.backward)
-            self.lm_head.weight = self.wte.weight  # tied, and stays so: one parameter
         if config.flavour == 'llama':
             hs = config.n_embd // config.n_head
             angle = torch.outer(torch.arange(config.block_size).float(),
@@ -128,6 +123,11 @@ class GPT(nn.Module):
             self.register_buffer('cos', angle.cos(), persistent=False)          # (T, hs / 2)
             self.register_buffer('sin', angle.sin(), persistent=False)
         self._init_weights()
+        self.lm_head = None                        # the head is wte itself, unless it is quantized
+        if config.quantize_head:
+            self.lm_head = Linear(config.n_embd, vocab_size, False, config.weights, config.activations,
+                                  config.gradients, config.gradients_in, config.backward)
+            self.lm_head.weight = self.wte.weight  # tied, and stays so: one parameter
 
     def _init_weights(self):
         """N(0, .02), the projections into the residual stream by sqrt(2 L) less, as GPT-2; with
@@ -141,6 +141,29 @@ class GPT(nn.Module):
                 std = gain / math.sqrt(layer.weight.shape[1]) if gain else 0.02
                 last = name.endswith('c_proj') and not gain
                 nn.init.normal_(layer.weight, std=std / math.sqrt(2 * len(self.h)) if last else std)
+
+    @classmethod
+    def from_pretrained(cls, config, vocab_size, name='gpt2'):
+        """GPT-2's weights, by transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder.
+
+        Raises ValueError when the config is of another shape, ImportError and OSError when there is no
+        transformers or no such model here and no network."""
+        from transformers import GPT2LMHeadModel
+        hf = GPT2LMHeadModel.from_pretrained(name)
+        shape = {'flavour': 'gpt2', 'bias': True, 'n_layer': hf.config.n_layer, 'n_head': hf.config.n_head,
+                 'n_embd': hf.config.n_embd}
+        wrong = [f'{key} = {value!r}' for key, value in shape.items() if getattr(config, key) != value]
+        if wrong or config.block_size > hf.config.n_positions or vocab_size < hf.config.vocab_size:
+            raise ValueError(f'{name} needs {", ".join(wrong) or "its own shape"}, block_size up to '
+                             f'{hf.config.n_positions} and data of its {hf.config.vocab_size} tokens')
+        model = cls(config, vocab_size)
+        ours = model.state_dict()
+        for key, w in hf.transformer.state_dict().items():
+            w = w.T if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else w   # (in, out) there
+            if key in ours:                                     # not the causal mask that old versions store
+                ours[key][:len(w)] = w[:len(ours[key])]         # wte is padded, wpe may be cut
+        model.load_state_dict(ours)
+        return model
 
     def store_(self, master):
         """Turn the weights of the blocks into low-bit masters (quant.Linear.store_)."""

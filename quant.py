@@ -65,7 +65,8 @@ class Spec:
               block of so many neighbours on the last axis
     scale     absmax: s = max|x| / Qp, nothing is clipped; absmean: s = mean|x| / Qp
     rounding  nearest, or stochastic: up with the probability that keeps the mean
-    map       the level of code c is c (linear), sign(c) c^2 (sqrt) or sign(c) c^4 (root4)
+    map       the level of code c is c (linear), sign(c) c^2 (sqrt: for m) or sign(c) c^4 (root4: for v, so
+              rounded to the nearest root, and never from positive to zero)
     sign      asymmetric: a zero point z per group, x^ = (q + z) s, so that the range is [min, max]
     packing   trits: five ternary codes a byte (3^5 = 243) instead of four
     format    '' or 'nvfp4' (blocks of 16, e4m3 scales) or 'mxfp4' (blocks of 32, power-of-two scales)
@@ -167,7 +168,7 @@ def uniform(x, key, start=0):
     """u in [0, 1), one for each element of x: u_i = hash(i + start, key), 24 bits, float32.
 
     Stateless: neither device, compilation nor the block of rows an element is updated in changes it."""
-    i = torch.arange(start, start + x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    i = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
     return ((_mix(_mix(i) ^ key) >> 8) & 0xFFFFFF).float() * 2.0 ** -24
 
 
@@ -220,10 +221,10 @@ def _round(y, s, key, start):
         return (y * spacing).clamp(-top, top)
     low, high = INTEGERS[s.grid]
     c = y if s.map == 'linear' else y.sign() * y.abs() ** (0.5 if s.map == 'sqrt' else 0.25)
-    if stochastic:
-        lo = c.floor()
-        below = _levels(lo, s)
-        c = lo + (u < (y - below) / (_levels(lo + 1, s) - below))         # E[level] = y on any map
+    if stochastic or s.map == 'sqrt':              # up by chance, so that E[level] = y, or past the middle
+        c = c.floor()
+        below = _levels(c, s)
+        c = c + ((u if stochastic else 0.5) < (y - below) / (_levels(c + 1, s) - below))
     else:
         c = c.round()
     if s.map == 'root4':
@@ -649,10 +650,10 @@ class AdamW:
         ds = torch.zeros_like(slot.layer.scale) if code_units else None
         slot.flips = torch.zeros((), dtype=torch.int64, device=p.device)
         for a in range(0, n, slot.block):
-            b = min(a + slot.block, n)
+            b, start = min(a + slot.block, n), torch.tensor(a * (p.numel() // n), dtype=torch.int32, device=p.device)
             v = row[a:b] * col / row.mean() if slot.factored else _take(slot.v, a, b, n)
             w, m, v, d, flips = self.update(_take(wq, a, b, n), g[a:b], _take(slot.m, a, b, n), v, h, key,
-                                a * (p.numel() // n), code_units)
+                                              start, code_units)
             _put(wq, w, a, b, n)
             _put(slot.m, m, a, b, n)
             if v is not None:

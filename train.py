@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.tokenizer import encoding
 from model import GPT
-from quant import AdamW, health, held, shares, spec
+from quant import AdamW, health, held, noise_key, shares, spec
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Config:
     ramp: float = 0.0            # > 0: beta1 grows over time, 1 - 1 / (10 + t / ramp)
 
     # the data
-    dataset: str = 'python'      # folder in data/
+    dataset: str = 'python'      # folder in data/, or the path of one
     batch_size: int = 8          # sequences of block_size tokens, for each process and micro-step
     grad_accum: int = 1          # micro-steps to a step
 
@@ -98,6 +98,9 @@ class Config:
 # what may differ between a run and its continuation
 RUN_KEYS = {'out_dir', 'overwrite', 'init_from', 'eval_only', 'eval_interval', 'eval_tokens', 'log_interval',
             'prompt', 'sample_tokens', 'device', 'compile'}
+
+
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 def fail(message):
@@ -341,8 +344,12 @@ def schedule(config, step):
 def build(config, checkpoint, vocab_size, device):
     """The model, from scratch, a checkpoint or GPT-2's weights, on its device, its masters low-bit."""
     torch.manual_seed(config.seed)      # before any weight is drawn; on the CPU: the same on every device
-    if config.init_from == 'gpt2':
-        model = GPT.from_pretrained(config, vocab_size).to(device)
+    if config.init_from in GPT2:
+        try:
+            model = GPT.from_pretrained(config, vocab_size, config.init_from).to(device)
+        except (ImportError, OSError) as e:
+            fail(f'cannot load {config.init_from}: {" ".join(str(e).split())[:200]}; it takes pip install transformers '
+                 'and a network, once')
     else:
         model = GPT(config, vocab_size).to(device)
     if checkpoint:
@@ -369,7 +376,7 @@ def open_run(config, rank):
         if rank == 0:
             for path in (ckpt, log):
                 os.path.exists(path) and os.remove(path)
-    return load(config.init_from) if config.init_from not in ('scratch', 'gpt2') else None
+    return load(config.init_from) if config.init_from not in ('scratch', *GPT2) else None
 
 
 def cut_log(path, step):
@@ -492,7 +499,9 @@ class Run:
         self.optimizer.zero_grad()
         for micro in range(config.grad_accum):
             x, y = to_batch(self.train_data, starts[micro, self.rank], config.block_size, self.vocab_size, self.device)
-            self.raw.set_noise(config.seed, self.step, micro * world + self.rank)
+            noise = config.seed, self.step, micro * world + self.rank
+            self.raw.set_noise(*noise)
+            torch.manual_seed(noise_key(*noise))                        # for dropout
             loss = self.model(x, y) / (config.grad_accum * world)
             loss.backward()
             total[0] += loss.detach()

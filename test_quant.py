@@ -1,0 +1,638 @@
+"""
+The laws, in the order of quant.py, then of model.py and train.py: each test holds a claim beside its oracle.
+
+    python -m pytest -q test_quant.py
+"""
+import copy
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import quant
+import train
+from data.corpus import prepare
+from data.tokenizer import encoding, make_tokenizer, train_bpe
+from model import GPT
+from quant import (FLOATS, INTEGERS, AdamW, KVCache, Linear, QTensor, Spec, dequantize, fake_quant, health, held,
+                   noise_key, pack, quantize, shares, spec, uniform, unpack)
+
+ROOT = Path(__file__).parent
+GRIDS = [*INTEGERS, *FLOATS]
+CONFIGS = sorted(ROOT.glob('config/*.py'))
+SIZES = {'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b'}
+TERNARY = 'ternary/row/absmean/stochastic'
+
+
+def normal(*shape, seed=0, **kwargs):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def grid_of(s):
+    """Every level of a grid, before the scale, found by decoding every code: the oracle of rounding."""
+    if s.grid in ('fp8', 'fp8e5'):
+        values = torch.arange(256).to(torch.uint8).view(FLOATS[s.grid][3]).float()
+        return values[values.isfinite()].unique()
+    if s.grid == 'fp4':
+        half = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6])
+        return torch.cat((-half, half)).unique()
+    low, high = INTEGERS[s.grid]
+    c = torch.arange(low, high + 1).float()
+    return c.sign() * c.abs() ** {'linear': 1, 'sqrt': 2, 'root4': 4}[s.map]
+
+
+# ------------------------------------------------------------------------------------------------
+# Spec
+
+def test_spec_words_come_in_any_order():
+    words = 'int8', 'row', 'stochastic', 'sqrt'
+    assert {spec('/'.join(p)) for p in itertools.permutations(words)} == {
+        Spec('int8', 'row', rounding='stochastic', map='sqrt')}
+    assert spec('') is None and spec('uint8/256/root4').group == 256
+    assert spec('nvfp4') == Spec('fp4', 16, format='nvfp4') and spec('mxfp4/stochastic').rounding == 'stochastic'
+
+
+@pytest.mark.parametrize('text, says', [
+    ('int9', "unknown word 'int9', did you mean 'int"), ('int8/rwo', "did you mean 'row'"), ('int8/row/row', 'second'),
+    ('int8/row/tensor', "'tensor' says the group a second time"), ('int8/int4', 'second'), ('row', 'names no grid'),
+    ('int8/0', "unknown word '0'"), ('int8//row', "unknown word ''"), ('ternary/asymmetric', 'zero point'),
+    ('fp8/sqrt', 'no map'), ('int4/trits', 'only ternary'), ('int8/asymmetric/absmean', 'not absmean'),
+    ('nvfp4/32', 'second'), ('nvfp4/absmean', 'absmax'), ('bf16/row', 'no scale'), ('int8/asymmetric/sqrt', 'linear'),
+    ('int8/symmetric/asymmetric', 'second'), ('INT8', 'unknown')])
+def test_bad_spec_names_the_word(text, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as e:
+        spec(text)
+    assert '\n' not in str(e.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# noise
+
+def test_noise_is_uniform_and_uncorrelated():
+    n, keys = 2 ** 20, [noise_key(1337, step) for step in range(3)]
+    us = [uniform(torch.empty(n), key).double() for key in keys]
+    for u in us:
+        assert 0 <= u.min() and u.max() < 1
+        counts = torch.histc(u, 256, 0, 1)                              # chi2 with 255 degrees of freedom
+        assert abs(((counts - n / 256) ** 2 / (n / 256)).sum() - 255) < 5 * math.sqrt(2 * 255)
+
+    def correlation(a, b):
+        return ((a - 0.5) * (b - 0.5)).mean().abs() * 12 * math.sqrt(n)  # in standard deviations
+    for lag in (1, 2, 64, 256, 1000, 4096):                             # along rows and columns
+        assert correlation(us[0], us[0].roll(lag)) < 5
+    for a, b in itertools.combinations(us, 2):                          # from step to step
+        assert correlation(a, b) < 5
+
+
+def test_noise_depends_on_index_and_key_alone():
+    u = uniform(torch.empty(64, 32), 7)
+    assert torch.equal(u[48:], uniform(torch.empty(16, 32), 7, start=48 * 32))
+    assert torch.equal(u, uniform(torch.empty(64, 32), torch.tensor(7, dtype=torch.int32)))
+    assert torch.equal(u, torch.compile(uniform, backend='aot_eager')(torch.empty(64, 32), 7))
+    assert len({noise_key(s, t, i) for s in range(20) for t in range(50) for i in range(20)}) > 19990
+
+
+# ------------------------------------------------------------------------------------------------
+# quantize and dequantize
+
+MAPPED = [grid + m for grid in INTEGERS for m in ('', '/sqrt', '/root4')] + [g for g in FLOATS if g != 'bf16']
+
+
+@pytest.mark.parametrize('text', MAPPED)
+def test_nearest_is_the_nearest_level_by_brute_force(text):
+    s = spec(text)
+    y = normal(64, 64) * s.top / 2                                      # some of it is clipped
+    y = y.abs() if s.grid[0] == 'u' else y
+    y[0] = y[0] / 10
+    root = {'linear': 1, 'sqrt': 1, 'root4': 0.25}[s.map]               # v is nearest by its fourth root
+    grid = grid_of(s)
+    bend = lambda t: t.double().sign() * t.double().abs() ** root
+    distance = (bend(y)[..., None] - bend(grid)).abs()
+    got = dequantize(quantize(y, s, scale=torch.ones(1, 1)))
+    lifted = (got == 1) & (y > 0) & (s.map == 'root4')                  # a positive v never becomes zero
+    slack = bend(grid).abs().amax() * 2 ** -20                          # float32 roots
+    assert (((bend(y) - bend(got)).abs() <= distance.amin(-1) + slack) | lifted).all()
+    assert ((bend(got)[..., None] - bend(grid)).abs().amin(-1) <= slack).all()
+
+
+@pytest.mark.parametrize('text', ['ternary/row', 'int2/row', 'int4/16', 'int8/tensor', 'uint4/row/asymmetric', 'int8/row/sqrt',
+                                  'uint4/row/root4', 'fp4/row', 'fp8/row', 'fp8e5/row', 'nvfp4', 'bf16'])
+def test_stochastic_rounding_is_unbiased(text):
+    x, n = normal(4, 32).abs() + 0.01, 4000
+    x[:, 0] = 6.0       # a largest value that every grid holds: absmax clips nothing
+    total = sum(fake_quant(x, text + '/stochastic', noise_key(i)).double() for i in range(n))
+    low, high = (fake_quant(x * f, text).double() for f in (0.5, 2))
+    spread = (high - low).abs().amax().item() if 'root4' in text else (x.amax().item() / 2)
+    assert ((total / n - x).abs() <= 5 * spread / math.sqrt(n)).all()
+    assert len({fake_quant(x, text + '/stochastic', k).sum().item() for k in range(8)}) > 1 or text == 'bf16'
+
+
+@pytest.mark.parametrize('grid', GRIDS)
+@pytest.mark.parametrize('cols', [1, 15, 64])
+def test_packing_loses_nothing(grid, cols):
+    for s in [spec(grid)] + ([spec('ternary/trits')] if grid == 'ternary' else []):
+        x = normal(5, cols) * 3
+        values = quant._round(x, s, 0, 0)
+        codes = pack(values, s)
+        assert torch.equal(quant._levels(unpack(codes, s, cols), s), quant._levels(values, replace(s, grid='int8'))
+                           if grid not in FLOATS else values)
+        assert codes.nbytes == 5 * -(-cols // s.per_byte) * (2 if grid == 'bf16' else 1)
+
+
+@pytest.mark.parametrize('text, bits', [
+    ('ternary', 2), ('ternary/trits', 8 / 5), ('int2', 2), ('int3', 4), ('int4', 4), ('uint4/asymmetric', 4), ('int6', 8),
+    ('int8', 8), ('fp4', 4), ('fp8', 8), ('bf16', 16), ('int8/128', 8.25), ('nvfp4', 4.5), ('mxfp4', 4.25)])
+def test_bits_really_held(text, bits):
+    q = quantize(normal(64, 1280), text)
+    held = sum(t.untyped_storage().nbytes() for t in q[:4] if t is not None)
+    assert 8 * held / (64 * 1280) == pytest.approx(bits, abs=0.001)
+
+
+def test_float_grids_are_the_hardware_formats():
+    x = torch.cat((normal(4096) * 10 ** normal(4096, seed=1), torch.tensor([0.0, -0.0, 448, 0.001953125, 2 ** -10])))
+    clipped = x.clamp(-448, 448)
+    assert torch.equal(quant._round(clipped, spec('fp8'), 0, 0), clipped.to(torch.float8_e4m3fn).float())
+    assert torch.equal(quant._round(x, spec('fp8e5'), 0, 0), x.to(torch.float8_e5m2).float())
+    assert torch.equal(fake_quant(x, 'bf16'), x.bfloat16().float())
+
+
+def test_microscaling_formats():
+    q = quantize(normal(8, 64) * torch.logspace(-3, 3, 8)[:, None], 'mxfp4')
+    assert q.scale.shape == (8, 2, 1) and (q.scale.float().log2() % 1 == 0).all()
+    q = quantize(normal(8, 64), 'nvfp4')
+    assert q.scale.shape == (8, 4, 1) and q.scale.dtype == torch.float8_e4m3fn and q.scale.float().amax() == 448
+
+
+def test_symmetric_and_asymmetric_formulas():
+    x = normal(8, 32) + 2                                               # paper 1, in numpy
+    a = x.numpy().astype(np.float64)
+    s = np.abs(a).max(1, keepdims=True) / 7
+    assert np.allclose(fake_quant(x, 'int4/row').numpy(), np.clip(np.round(a / s), -8, 7) * s, atol=1e-5)
+    least, most = np.minimum(a.min(1, keepdims=True), 0), a.max(1, keepdims=True)
+    s = (most - least) / 15
+    z = np.round(least / s - -8)
+    assert np.allclose(fake_quant(x, 'int4/row/asymmetric').numpy(), (np.clip(np.round(a / s - z), -8, 7) + z) * s, atol=1e-5)
+    for grid in ('int4', 'uint4', 'int8', 'uint8'):                     # nothing is clipped, all codes are used
+        q = quantize(x, grid + '/asymmetric')
+        assert ((x - dequantize(q)).abs() <= q.scale * 0.5001).all()
+        codes = unpack(q.codes, q.spec, 32).int()
+        assert codes.max() - codes.min() >= 0.6 * (INTEGERS[grid][1] - INTEGERS[grid][0])
+
+
+def test_scales_are_of_the_axes_they_say():
+    x = normal(2, 3, 8)
+    for text, axes in (('int8/tensor', (0, 1, 2)), ('int8/row', 2), ('int8/column', (0, 1))):
+        assert torch.allclose(quantize(x, text).scale.flatten(), x.abs().amax(axes).flatten() / 127)
+    assert torch.allclose(quantize(x, 'int8/4').scale.flatten(), x.abs().unflatten(-1, (2, 4)).amax(-1).flatten() / 127)
+    assert torch.allclose(quantize(x, 'ternary/absmean').scale, x.abs().mean())
+    with pytest.raises(ValueError, match='blocks of 3 do not divide a last axis of 8'):
+        quantize(x, 'int8/3')
+
+
+def test_zeros_small_numbers_and_nan():
+    for text in ('int8/row', 'int4/asymmetric', 'fp8/row', 'nvfp4', 'mxfp4', 'ternary/absmean', 'uint8/root4/row'):
+        assert torch.equal(fake_quant(torch.zeros(2, 32), text), torch.zeros(2, 32))
+    tiny = normal(4, 64) * 1e-15
+    assert (fake_quant(tiny, 'int8/row') - tiny).norm() < 0.01 * tiny.norm()       # no eps floor swallows a row
+    assert fake_quant(torch.tensor([[1.0, math.nan], [1, 2]]), 'int8/row')[0].isnan().any()     # nothing is hidden
+
+
+def test_absmax_of_ternary_is_idempotent_and_absmean_is_not():
+    w = fake_quant(normal(32, 64), 'ternary/row/absmean')
+    assert torch.allclose(fake_quant(w, 'ternary/row'), w)
+    for _ in range(20):                                                 # the trap: a scale computed again and again
+        w = fake_quant(w, 'ternary/tensor/absmean')
+    assert w.abs().max() < 0.1 * fake_quant(normal(32, 64), 'ternary/tensor/absmean').abs().max()
+
+
+def test_scales_are_computed_in_float32():
+    x = normal(64, 256)
+    error = lambda y: (y.float() - x.bfloat16().float()).square().mean().sqrt()
+    low = x.bfloat16()
+    s = low.abs().amax(-1, keepdim=True) / 127                          # all in bfloat16, as one should not
+    assert error(fake_quant(low, 'int8/row').float()) < 0.98 * error((low / s).round() * s)
+
+
+def test_v_is_never_rounded_to_zero():
+    v = torch.logspace(-12, 0, 256)[None]
+    assert (fake_quant(v, 'uint8/row/root4') > 0).all() and (fake_quant(v, 'uint4/row/root4') > 0).all()
+    assert (fake_quant(v, 'uint8/row') == 0).any()                      # linear codes do that
+
+
+# ------------------------------------------------------------------------------------------------
+# Matmul and Linear
+
+def grads(y, *inputs):
+    return torch.autograd.grad(y.square().sum() / 2, inputs)            # g = y
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_no_spec_is_nn_linear_bit_for_bit(bias):
+    ours, theirs = Linear(64, 32, bias), torch.nn.Linear(64, 32, bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = normal(2, 5, 64).requires_grad_()
+    for a, b in zip(grads(ours(x), x, *ours.parameters()), grads(theirs(x), x, *theirs.parameters())):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('w, a', [('int8/row', ''), ('', 'int8/row'), ('ternary/tensor/absmean', 'int4/row'),
+                                  ('nvfp4', 'mxfp4'), ('int4/asymmetric', 'fp8/column'), ('bf16', 'int8/row/stochastic')])
+def test_matmul_is_the_detach_trick(w, a):
+    layer, x = Linear(64, 32, weights=w, activations=a), normal(12, 64).requires_grad_()
+    ste = lambda t, how, key: t + (fake_quant(t, how, key) - t).detach()
+    oracle = F.linear(ste(x, a, 1), ste(layer.weight, w, 0))
+    assert torch.allclose(layer(x), oracle, atol=1e-5)
+    for ours, theirs in zip(grads(layer(x), x, layer.weight), grads(oracle, x, layer.weight)):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('backward', ['ste', 'full'])
+@pytest.mark.parametrize('where', ['both', 'dx', 'dw'])
+def test_three_meanings_of_the_backward(backward, where):
+    """(full, dw) is paper 1's released code, (full, dx) is like SwitchBack, (ste, both) is the text."""
+    layer = Linear(64, 32, True, 'int4/row', 'int4/row', 'int4/row', where, backward)
+    x, g = normal(12, 64).requires_grad_(), normal(12, 32, seed=1)
+    dx, dw, db = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), g)
+    X, W, G = x.detach(), layer.weight.detach(), fake_quant(g, 'int4/row')
+    if backward == 'ste':
+        X, W = fake_quant(X, 'int4/row'), fake_quant(W, 'int4/row')
+    assert torch.equal(dx, (G if where != 'dw' else g) @ W)
+    assert torch.equal(dw, (G if where != 'dx' else g).T @ X)
+    assert torch.equal(db, g.sum(0))
+
+
+def test_q_k_v_are_scaled_separately():
+    layer, x = Linear(16, 48, weights='int8/tensor', gradients='int8/tensor', parts=3), normal(8, 16).requires_grad_()
+    with torch.no_grad():
+        layer.weight[16:32] *= 100
+    g = normal(8, 48)
+    g[:, :16] *= 1e-3
+    dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), g)
+    W = torch.cat([fake_quant(w, 'int8') for w in layer.weight.chunk(3)])
+    G = torch.cat([fake_quant(part, 'int8') for part in g.chunk(3, -1)], -1)
+    assert torch.allclose(dx, G @ W) and torch.allclose(dw, G.T @ x)
+    assert (fake_quant(g, 'int8')[:, :16] == 0).float().mean() > 0.9    # with one scale, q would have vanished
+
+
+def test_codes_are_what_is_saved_for_backward():
+    def saved(layer):
+        size = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: size.append(t.nbytes) or t, lambda t: t):
+            layer(x)
+        return sum(size)
+    x = normal(1024, 256).requires_grad_()
+    full, int8, ternary = (saved(Linear(256, 256, weights=w, activations=a))
+                           for w, a in (('', ''), ('', 'int8/row'), ('ternary', 'int8/row')))
+    assert full >= 4 * (x.numel() + 256 * 256)
+    assert int8 - 4 * 256 * 256 <= x.numel() + 4 * 1024 + 16
+    assert ternary <= x.numel() + 4 * 1024 + 256 * 256 / 4 + 16
+
+
+def test_absmax_gradients_are_mostly_zero():
+    """Why quantized gradients hurt (paper 1): softmax minus one-hot has one large entry a row."""
+    logits, y = normal(256, 1024) * 2, torch.arange(256)
+    g = logits.softmax(-1) - F.one_hot(y, 1024)
+    assert (fake_quant(g, 'int8/row') == 0).float().mean() > 0.9
+    mean = sum(fake_quant(g, 'int8/row/stochastic', k) for k in range(200)) / 200       # stochastic keeps their sum
+    assert (mean.sum(0) - g.sum(0)).norm() < 0.1 * (fake_quant(g, 'int8/row').sum(0) - g.sum(0)).norm()
+
+
+@pytest.mark.parametrize('master', ['ternary/row/absmean', 'ternary/tensor/trits', 'int2/row', 'int4/16', 'int8/row', 'fp8/row', 'bf16'])
+def test_a_low_bit_master_is_all_there_is(master):
+    layer, x = Linear(64, 32), normal(8, 64).requires_grad_()
+    before = layer.weight.detach().clone()
+    layer.store_(master)
+    w = fake_quant(before, master).requires_grad_()
+    assert torch.allclose(layer(x), F.linear(x, w), atol=1e-6)
+    dx, dw = grads(layer(x), x, layer.weight)                           # the ghost gets the gradient of the codes' w
+    oracle = grads(F.linear(x, w), x, w)
+    assert torch.allclose(dx, oracle[0], atol=1e-5) and torch.allclose(dw, oracle[1], atol=1e-5)
+    assert layer.weight.untyped_storage().nbytes() == 4                 # and costs four bytes
+    floats = [t for t in layer.state_dict().values() if t.dtype == torch.float32 and t.numel() >= w.numel()]
+    assert not floats and 'weight' not in layer.state_dict()
+    twin = Linear(64, 32)
+    twin.store_(master)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize('master', ['int8/asymmetric', 'uint8', 'int8/sqrt', 'nvfp4'])
+def test_a_master_needs_a_plain_grid(master):
+    with pytest.raises(ValueError, match='symmetric, signed, linear'):
+        Linear(64, 32).store_(master)
+
+
+def test_bad_switches_are_errors():
+    for kwargs in ({'gradients_in': 'dy'}, {'backward': 'exact'}):
+        with pytest.raises(ValueError, match='use one of'):
+            Linear(4, 4, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------
+# the optimizer
+
+def pair(master='', shape=(64, 128), **kwargs):
+    """A model of one Linear with a given gradient, and its optimizer."""
+    model = torch.nn.Sequential(Linear(shape[1], shape[0]))
+    model[0].weight.data = normal(*shape) * 0.02
+    model[0].store_(master)
+    optimizer = AdamW(model, **kwargs)
+
+    def step(g, scale=1.0):
+        model[0].weight.grad = g
+        optimizer.step(scale)
+        return dequantize(model[0].stored())
+    return model[0], optimizer, step
+
+
+def test_adamw_is_torch_adamw():
+    kwargs = {'betas': (0.9, 0.99), 'eps': 1e-8, 'weight_decay': 0.1}
+    layer, _, step = pair(learning_rate=1e-2, **kwargs)
+    p = torch.nn.Parameter(layer.weight.detach().clone())
+    reference = torch.optim.AdamW([p], lr=1e-2, **kwargs)
+    for i in range(20):
+        p.grad = normal(64, 128, seed=i) * 0.1
+        step(p.grad.clone())
+        reference.step()
+    assert torch.allclose(layer.weight, p, atol=1e-6)
+
+
+@pytest.mark.parametrize('m, v, error', [
+    ('int8/128/sqrt', '', 0.05), ('', 'uint8/128/root4', 0.05), ('int8/128/sqrt', 'uint8/128/root4', 0.05),
+    ('int4/128/sqrt', 'uint4/128/root4', 0.6), ('bf16/stochastic', 'bf16/stochastic', 0.02)])
+def test_quantized_states_stay_close(m, v, error):
+    size = normal(64, 128, seed=99).exp()                               # entries differ by sigma = 1 in a block
+    gs, ends = [normal(64, 128, seed=i) * size for i in range(20)], []
+    for kwargs in ({}, {'adam_m': m, 'adam_v': v}):
+        layer, optimizer, step = pair(learning_rate=1e-2, **kwargs)
+        start = layer.weight.detach().clone()
+        for g in gs:
+            end = step(g).clone()
+        ends.append(end - start)
+    assert (ends[1] - ends[0]).norm() < error * ends[0].norm()
+
+
+def test_linear_v_explodes_and_the_fourth_root_does_not():
+    def largest_step(v):
+        layer, _, step = pair(learning_rate=1e-2, adam_v=v)
+        size = 0
+        for i in range(20):
+            before = layer.weight.detach().clone()
+            size = max(size, (step(normal(64, 128, seed=i) * torch.logspace(-4, 0, 128)) - before).abs().max())
+        return size
+    assert largest_step('') < 0.04 and largest_step('uint8/128/root4') < 0.08 and largest_step('uint4/128/root4') < 0.2
+    assert largest_step('uint8/128') > 1                                # the claim of paper 1, and its cause
+
+
+def test_factored_v_is_exact_for_rank_one():
+    size = torch.logspace(-2, 0, 64)[:, None] * torch.logspace(-1, 1, 128)
+    ends = []
+    for v in ('', 'factored'):
+        _, optimizer, step = pair(learning_rate=1e-2, adam_v=v)
+        for i in range(10):
+            end = step(size * normal(64, 128, seed=i).sign())           # g^2 = row x column
+        ends.append(end.clone())
+    assert torch.allclose(*ends, atol=1e-5)
+    assert sum(t.numel() for t in optimizer.slots[0].v) == 64 + 128
+
+
+@pytest.mark.parametrize('master', [TERNARY, 'ternary/tensor/trits/stochastic', 'int8/row/stochastic', 'int4/16/stochastic',
+                                    'fp8/row/stochastic', 'int2/column/stochastic', 'bf16/stochastic'])
+@pytest.mark.parametrize('code_lr', [0.0, 0.1])
+def test_masters_stay_on_their_grid_whatever_the_block(master, code_lr):
+    if 'bf16' in master and code_lr:
+        return                                                          # no codes to count in
+    ends = []
+    for block in (64, 7):
+        layer, optimizer, step = pair(master, learning_rate=1e-3, code_lr=code_lr, adam_m='int8/row', adam_v='factored', seed=3)
+        optimizer.slots[0].block = block
+        start = layer.codes.clone()
+        for i in range(5):
+            w = step(normal(64, 128, seed=i)).clone()
+        assert not torch.equal(layer.codes, start) and optimizer.flips() > 0
+        if 'bf16' not in master:
+            on_grid = quantize(w, replace(layer.master, rounding='nearest'), scale=layer.scale)
+            assert torch.allclose(dequantize(on_grid), w, rtol=1e-6)
+        ends.append(w)
+    assert torch.equal(*ends)                                           # the noise goes by element, not by block
+
+
+def test_a_code_moves_with_probability_lr_times_r():
+    """q <- clip(SR(q - lr r), -1, 1) with r = sign g at the first step: E[q'] = clip(q - lr sign g)."""
+    n, lr, g = 400, 0.2, normal(64, 128).sign()
+    total = 0
+    for seed in range(n):
+        layer, _, step = pair(TERNARY, learning_rate=0.1, code_lr=lr, seed=seed)
+        q = dequantize(layer.stored()) / layer.scale
+        total = total + step(g) / layer.scale
+    expected = (q - lr * g).clamp(-1, 1)
+    assert ((total / n - expected).abs() <= 5 * math.sqrt(lr * (1 - lr) / n)).all()
+    assert ((total / n - expected).mean().abs()) <= 5 * math.sqrt(lr * (1 - lr) / n / q.numel())
+
+
+def test_as_published_the_mean_of_w_is_adamw():
+    """Paper 2: W' = AdamW(W, g) in full precision, in passing; q = SR(clip(W' / s)), so E[W] = clip(W')."""
+    n, g, total = 400, normal(64, 128), 0
+    for seed in range(n):
+        layer, _, step = pair('ternary/tensor/absmean/stochastic', learning_rate=5e-3, weight_decay=0.1, seed=seed)
+        w, s = dequantize(layer.stored()), layer.scale.item()
+        total = total + step(g)
+    full = torch.nn.Parameter(w.clone())
+    full.grad = g
+    torch.optim.AdamW([full], lr=5e-3, weight_decay=0.1).step()
+    assert layer.scale.item() == s                                      # computed again it would collapse
+    assert ((total / n - full.clamp(-s, s)).abs() <= 5 * s * 0.5 / math.sqrt(n)).all()
+
+
+def test_no_flips_below_the_threshold():
+    rates = {}
+    for tau in (0, 1, 3):
+        layer, optimizer, step = pair(TERNARY, code_lr=0.01, threshold=tau, ramp=20.0, adam_v='factored', betas=(0.9, 0.999))
+        flips = []
+        for i in range(200):                                            # nothing but noise
+            step(normal(64, 128, seed=i))
+            flips.append(optimizer.flips())
+        rates[tau] = sum(flips[50:])
+    # E max(0, |r| - tau) of a normal r of the size of the noise: .798, .1667, .00076
+    assert rates[1] / rates[0] == pytest.approx(0.1667 / 0.798, rel=0.15) and rates[3] < 0.003 * rates[0]
+
+
+def test_scales_learn_downhill():
+    layer, _, step = pair(TERNARY, code_lr=1e-6, scale_lr=0.1)
+    s = layer.scale.clone()
+    step(dequantize(layer.stored()))                                    # dL/d log s = sum g w > 0: s must shrink
+    assert torch.allclose(layer.scale, s * math.exp(-0.1), rtol=1e-3)
+
+
+def test_bytes_are_read_off_the_storages():
+    model = lambda: torch.nn.Sequential(Linear(256, 512))
+    for kwargs, master, most in (({}, '', 12), ({'adam_m': 'int8/row', 'adam_v': 'factored', 'code_lr': 0.2, 'scale_lr': 0.01}, TERNARY, 1.5),
+                                 ({'adam_m': 'int4/128', 'adam_v': 'factored', 'code_lr': 0.2}, TERNARY, 0.9)):
+        net = model()
+        net[0].store_(master)
+        optimizer = AdamW(net, **kwargs)
+        net[0].weight.grad = normal(512, 256)
+        optimizer.step()
+        size = held(net, optimizer)
+        assert size['linear']['weights'] + size['linear']['optimizer'] <= most
+        assert size['linear']['gradients'] == 4 and size['gradients'] == 4 * 512 * 256
+    assert size['weights'] == sum(t.untyped_storage().nbytes() for t in [*net.parameters(), *net.buffers()])
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'adam_m': 'int8/128/sqrt', 'adam_v': 'uint4/128/root4'}, {'adam_m': 'int4/row/asymmetric', 'adam_v': 'factored'}])
+def test_the_optimizer_state_survives_a_checkpoint(kwargs, tmp_path):
+    def fresh():
+        return pair(TERNARY, code_lr=0.1, scale_lr=0.01, threshold=1.0, ramp=20.0, **kwargs)
+    (a, oa, step_a), (b, ob, step_b) = fresh(), fresh()
+    for i in range(3):
+        step_a(normal(64, 128, seed=i))
+    torch.save([a.state_dict(), oa.state_dict()], tmp_path / 'x')
+    weights, state = torch.load(tmp_path / 'x', weights_only=True)
+    b.load_state_dict(weights)
+    ob.load_state_dict(state)
+    assert torch.equal(step_a(normal(64, 128, seed=9)), step_b(normal(64, 128, seed=9)))
+    assert all(torch.equal(s, t) for s, t in zip(oa.slots[0].tensors(), ob.slots[0].tensors()))
+    with pytest.raises(ValueError, match='stored in another way'):
+        pair(TERNARY, adam_m='int8/row')[1].load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------
+# the model
+
+def config(*args, **kwargs):
+    """A small Config: flags as on the command line, and fields."""
+    small = {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'hidden': 128, 'block_size': 32}
+    return replace(train.parse(list(args)), **{**small, **kwargs})
+
+
+def gpt(*args, vocab=64, **kwargs):
+    c = config(*args, **kwargs)
+    torch.manual_seed(0)
+    model = GPT(c, vocab)
+    model.store_(c.master)
+    return model
+
+
+def tokens(*shape, seed=0, vocab=64):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('flavour', ['gpt2', 'llama'])
+def test_the_head_is_tied_and_stays_so(flavour):
+    plain, quantized = (gpt(flavour=flavour, weights='int8/row', quantize_head=q) for q in (False, True))
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    assert count(plain) == count(quantized)
+    assert quantized.lm_head.weight is quantized.wte.weight
+    x = tokens(2, 8)
+    assert not torch.equal(plain(x), quantized(x))
+    quantized.lm_head.how = quant.Recipe()                              # a spec is an attribute
+    assert torch.allclose(plain(x), quantized(x), atol=1e-6)
+
+
+@pytest.mark.parametrize('flavour', ['gpt2', 'llama'])
+@pytest.mark.parametrize('kv', ['', 'int8/row', 'int4/16', 'int4/row/asymmetric', 'fp8/row'])
+def test_cached_generation_is_the_full_forward(flavour, kv):
+    model, x = gpt(flavour=flavour, kv_cache=kv), tokens(2, 20)
+    full, caches = model(x), [KVCache(kv) for _ in model.h]
+    steps = [model(part, caches=caches) for part in (x[:, :7], x[:, 7:8], x[:, 8:15], x[:, 15:])]
+    for end, logits in zip((7, 8, 15, 20), steps):
+        assert torch.allclose(logits[:, -1], full[:, end - 1], atol=2e-5)
+    if kv == 'int4/16':
+        assert caches[0].k.codes.dtype == torch.uint8 and caches[0].k.codes.shape == (2, 2, 20, 16)
+
+
+def test_generate_goes_on_beyond_the_block():
+    out = gpt().generate(tokens(2, 3), 70, generator=torch.Generator().manual_seed(1))
+    assert out.shape == (2, 73) and torch.equal(out[:, :3], tokens(2, 3))
+    greedy = gpt().generate(tokens(1, 3), 5, top_k=1)
+    model, x = gpt(), tokens(1, 3)
+    for _ in range(5):
+        x = torch.cat((x, model(x)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(greedy, x)
+    with pytest.raises(ValueError, match='cannot grow token by token'):
+        KVCache('int8/tensor')
+
+
+@pytest.mark.parametrize('flavour', ['gpt2', 'llama'])
+def test_scales_per_token_cannot_see_the_future(flavour):
+    def moved(activations):
+        model, x = gpt(flavour=flavour, activations=activations, kv_cache='int8/row'), tokens(1, 16)
+        y = x.clone()
+        y[0, 10] = (y[0, 10] + 1) % 64
+        return (model(x) - model(y))[0, :10].abs().max()
+    assert moved('int8/row') == 0 and moved('int4/16') == 0
+    assert moved('int4/tensor') > 0 and moved('int4/column') > 0         # these do: a leak, if a small one
+
+
+def test_rope_turns_by_relative_position():
+    from model import rope
+    q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
+    angle = lambda t: torch.outer(torch.tensor([float(t)]), 10000 ** (-torch.arange(0, 8, 2) / 8))
+    turn = lambda x, t: rope(x, angle(t).cos(), angle(t).sin())
+    score = lambda i, j: (turn(q, i) * turn(k, j)).sum()
+    assert torch.allclose(score(5, 3), score(12, 10), atol=1e-5) and not torch.allclose(score(5, 3), score(5, 4))
+    z = torch.view_as_complex(q.view(4, 2))                             # pairs (2i, 2i + 1) as complex numbers
+    assert torch.allclose(torch.view_as_real(z * torch.polar(torch.ones(4), angle(7)[0])).flatten(), turn(q, 7).flatten(), atol=1e-6)
+
+
+def test_gpt2_is_the_known_gpt2(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=60, n_positions=32, n_embd=64, n_layer=2, n_head=2)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(config(flavour='gpt2', bias=True, hidden=0), 64, str(tmp_path))
+    x = tokens(2, 16, vocab=60)
+    assert torch.allclose(ours(x)[..., :60], theirs(x).logits, atol=1e-4)
+    with pytest.raises(ValueError, match='bias = True'):
+        GPT.from_pretrained(config(flavour='gpt2', hidden=0), 64, str(tmp_path))
+
+
+@pytest.mark.parametrize('kwargs, says', [({'n_head': 3}, 'does not divide'), ({'flavour': 'bert'}, 'use gpt2 or llama'),
+                                          ({'bias': True}, 'no bias'), ({'weights': 'int8/48'}, 'do not divide')])
+def test_shapes_that_do_not_fit(kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        gpt(**kwargs)(tokens(1, 4))
+
+
+def test_health_sees_what_quantization_does():
+    model = gpt(weights='ternary/tensor/absmean', activations='int8/row', master='int4/row')
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    report = health(model, tokens(2, 16))
+    assert report.keys() == {f'h.{i}.{name}' for i in range(2) for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}
+    entry = report['h.0.attn.c_attn']
+    assert 35 < entry['activations']['snr_db'] < 50 and entry['activations']['clipped'] == 0    # 6 dB a bit
+    assert 0 < entry['weights']['snr_db'] < 10 and entry['weights']['zero'] > 0.2 and entry['weights']['clipped'] > 0.3
+    assert sum(entry['levels'].values()) == pytest.approx(1)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize('name', ['ternary', 'w8a8g8', 'bitnet', 'everything'])
+def test_compiled_is_eager(name):
+    """One graph, equal bits: what torch.compile captures is what is written (aot_eager: no code generation)."""
+    ends = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend='aot_eager', fullgraph=True)):
+        torch._dynamo.reset()
+        model, x = gpt(f'config/{name}.py', n_embd=128, hidden=128), tokens(2, 32)
+        model.set_noise(1, 2)
+        c = model.config
+        optimizer = AdamW(model, adam_m=c.adam_m, adam_v=c.adam_v, code_lr=c.code_lr, scale_lr=c.scale_lr)
+        optimizer.update = wrap(quant.update)
+        wrap(model)(x, x).backward()
+        optimizer.step()
+        ends.append([p.grad for p in model.parameters()] + list(model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
