@@ -636,3 +636,310 @@ def test_compiled_is_eager(name):
         optimizer.step()
         ends.append([p.grad for p in model.parameters()] + list(model.state_dict().values()))
     assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: the command line
+
+def run(*args, **env):
+    """train.py in a process of its own, as a user runs it."""
+    return subprocess.run([sys.executable, 'train.py', *args], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+
+
+def error(*args):
+    """What train.py says when it refuses: one line, and a status that is not 0."""
+    with pytest.raises(SystemExit) as e:
+        train.main(list(args))
+    assert isinstance(e.value.code, str) and e.value.code.startswith('error: ') and '\n' not in e.value.code
+    return e.value.code
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """A dataset of bytes made of this repository's own sources."""
+    folder = tmp_path_factory.mktemp('data')
+    text = ''.join((ROOT / name).read_text(encoding='utf-8') for name in ('quant.py', 'model.py', 'train.py'))
+    prepare(folder, 'test', [('train', text[5000:]), ('val', text[:5000])], 256)
+    return folder
+
+
+@pytest.fixture
+def small(data, tmp_path):
+    """Flags of a run that takes a second."""
+    return [f'--dataset={data}', f'--out_dir={tmp_path / "run"}', '--n_layer=2', '--n_head=2', '--n_embd=128', '--hidden=128',
+            '--block_size=32', '--batch_size=4', '--grad_accum=1', '--max_iters=6', '--warmup_iters=2', '--eval_interval=3',
+            '--log_interval=1', '--eval_tokens=256', '--sample_tokens=8', '--dtype=float32', '--device=cpu']
+
+
+def log_of(folder):
+    with open(Path(folder) / 'log.jsonl', encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
+
+
+def checkpoint(folder):
+    return torch.load(Path(folder) / 'ckpt.pt', weights_only=True)
+
+
+def equal(a, b):
+    """Equal checkpoints, bit for bit; how long they took aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k not in ('seconds', 'config'))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize('flag, says', [
+    ('--learnng_rate=1', "unknown key 'learnng_rate', did you mean 'learning_rate'"), ('--xyzzy=1', "unknown key 'xyzzy'"),
+    ('--n_layer=2.5', 'n_layer must be an int, not 2.5'), ('--n_layer=True', 'must be an int'), ('--bias=1', 'must be a bool'),
+    ('--learning_rate=fast', 'must be a float'), ('--learning_rate=1/0', 'must be a float'), ('--batch_size=-1', 'greater than 0'),
+    ('--beta2=1', r'must lie in [0, 1)'), ('--weights=int9', "weights: spec 'int9'"), ('--adam_v=int8/int8', 'adam_v: spec'),
+    ('--dtype=float8', 'use auto'), ('--learning_rate', 'flags look like'), ('-x', 'flags look like'), ('nowhere.py', 'cannot read'),
+    ('--code_lr=0.1', 'give master too'), ('--learning_rate=nan', 'must be a float'),
+    ('--max_iters=__import__("os").getpid()', 'must be an int'), ('--max_iters=9**9**9', 'must be an int')])
+def test_a_bad_flag_is_one_clear_line(flag, says):
+    assert says in error(flag)
+
+
+@pytest.mark.parametrize('line, says', [
+    ('learnng_rate = 1', "unknown key 'learnng_rate', did you mean 'learning_rate'"), ('n_layer = "2"', 'n_layer must be an int'),
+    ('import os', 'key = value'), ('n_layer = open("x")', 'must be an int'), ('n_layer = = 2', 'not a config file'),
+    ('n_layer += 1', 'key = value'), ('weights = 8', 'weights must be a str')])
+def test_a_bad_config_file_names_file_and_line(line, says, tmp_path):
+    path = tmp_path / 'bad.py'
+    path.write_text('# a comment\n' + line + '\n', encoding='utf-8')
+    assert says in error(str(path)) and f'{path}:2' in error(str(path))
+
+
+def test_later_files_and_flags_win(tmp_path):
+    (tmp_path / 'a.py').write_text('"""what it is"""\nlearning_rate = 2 * 3e-4\nn_layer = 2 ** 3\nweights = "int8/row"\n', encoding='utf-8')
+    (tmp_path / 'b.py').write_text('n_layer = -1 + 5\ndropout = 0\n', encoding='utf-8')
+    c = train.parse([str(tmp_path / 'a.py'), str(tmp_path / 'b.py'), '--seed=7', '--bias=FALSE', '--prompt=1 + 1', '--weights=int4'])
+    assert (c.learning_rate, c.n_layer, c.dropout, c.seed, c.bias, c.prompt, c.weights) == (2 * 3e-4, 4, 0.0, 7, False, '1 + 1', 'int4')
+    assert c.out_dir == 'out/a-b' and type(c.dropout) is float
+
+
+def test_configs_are_short_and_name_every_strategy():
+    names = {path.stem for path in CONFIGS}
+    assert names >= SIZES | {'baseline', 'w8', 'w4', 'a8', 'a4', 'g8', 'w8a8', 'w8a8g8', 'adam8', 'adam4', 'kv4', 'bitnet', 'ternary',
+                             'ternary_int8', 'direct8', 'direct4', 'dqt_paper', 'everything'}
+    for path in CONFIGS:
+        lines = path.read_text(encoding='utf-8').splitlines()
+        assert lines[0].startswith('# ') and len([x for x in lines if not x.startswith('#')]) <= 14
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_every_config_trains_two_steps(path, small, tmp_path):
+    train.main([str(path), *small, '--max_iters=2', '--compile=no', '--init_from=scratch'])
+    first, *steps, last = log_of(tmp_path / 'run')
+    assert len(first['sha256']) == 64 and first['config']['n_layer'] == 2 and first['versions']['torch'] == torch.__version__
+    assert all(math.isfinite(s['train_loss']) and s['tokens_per_s'] > 0 for s in steps) and len(steps) == 2
+    assert last['done'] and 4 < last['val_loss'] < 7 and last['bytes'].keys() >= {'weights', 'optimizer', 'gradients'}
+    assert last['val_bpb'] == pytest.approx(last['val_loss'] / math.log(2))
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: what a run may and may not depend on
+
+STRATEGIES = [['config/ternary.py'], ['config/everything.py'], ['config/w8a8g8.py', 'config/adam4.py', '--dropout=0.1', '--grad_accum=2']]
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES, ids=lambda s: s[0])
+def test_resume_is_bit_for_bit(strategy, small, tmp_path):
+    def go(name, *args):
+        train.main([*strategy, *small, *args, f'--out_dir={tmp_path / name}'])
+    go('whole')
+    train.stopping.append(1)                                            # as Ctrl-C does
+    with pytest.raises(SystemExit) as e:
+        go('parts')
+    assert e.value.code == 130 and checkpoint(tmp_path / 'parts')['iter'] == 1
+    train.stopping.clear()
+    go('parts', '--init_from=resume')
+    assert equal(checkpoint(tmp_path / 'whole'), checkpoint(tmp_path / 'parts'))
+    strip = lambda log: [{k: v for k, v in entry.items() if k in ('iter', 'train_loss', 'val_loss', 'flips')} for entry in log[1:]]
+    assert strip(log_of(tmp_path / 'whole')) == strip(log_of(tmp_path / 'parts'))
+
+
+def test_killed_while_saving_and_resumed(small, tmp_path):
+    """kill -9 at odd moments; what is in out_dir is always a whole checkpoint, and goes on to the same end."""
+    args = ['config/ternary.py', *small, '--eval_interval=1', '--max_iters=40']
+    train.main([*args, f'--out_dir={tmp_path / "whole"}'])
+    command = [sys.executable, 'train.py', *args, f'--out_dir={tmp_path / "killed"}']
+    for resume in ([], ['--init_from=resume']):
+        process = subprocess.Popen(command + resume, cwd=ROOT, stdout=subprocess.DEVNULL)
+        path = tmp_path / 'killed' / 'ckpt.pt.tmp'
+        while not (path.exists() and (tmp_path / 'killed' / 'ckpt.pt').exists()) and process.poll() is None:
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert 0 < checkpoint(tmp_path / 'killed')['iter'] <= 40
+    train.main([*args, f'--out_dir={tmp_path / "killed"}', '--init_from=resume'])
+    assert equal(checkpoint(tmp_path / 'whole'), checkpoint(tmp_path / 'killed'))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(small, tmp_path):
+    process = subprocess.Popen([sys.executable, 'train.py', *small, '--max_iters=100000', '--eval_interval=100000'], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / 'run' / 'log.jsonl').exists() or len(log_of(tmp_path / 'run')) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and '--init_from=resume' in out and checkpoint(tmp_path / 'run')['iter'] > 0
+
+
+def test_evaluation_does_not_change_training(small, tmp_path):
+    for interval in (1, 5):
+        train.main([*small, 'config/everything.py', f'--eval_interval={interval}', '--dropout=0.1', f'--out_dir={tmp_path / str(interval)}'])
+    a, b = (checkpoint(tmp_path / name) for name in ('1', '5'))
+    assert equal(a, b)
+
+
+def test_the_order_of_data_is_a_function_of_seed_and_step():
+    c = config(batch_size=4, grad_accum=2)
+    one = train.window_starts(c, 5, 10000, 2)
+    assert np.array_equal(one, train.window_starts(replace(c, weights='int8', eval_interval=7), 5, 10000, 2))
+    assert np.array_equal(one.ravel(), train.window_starts(replace(c, grad_accum=1, batch_size=8), 5, 10000, 2).ravel())
+    assert not np.array_equal(one, train.window_starts(c, 6, 10000, 2))
+    assert not np.array_equal(one, train.window_starts(replace(c, seed=1), 5, 10000, 2))
+    assert one.min() >= 0 and one.max() < 10000 - c.block_size
+
+
+@pytest.mark.parametrize('strategy', ['ternary', 'dqt_paper', 'w8a8'])
+def test_two_processes_are_one_with_twice_the_batch(strategy, small, tmp_path):
+    args = [f'config/{strategy}.py', *small, '--sample_tokens=0']
+    train.main([*args, '--batch_size=8', f'--out_dir={tmp_path / "one"}'])
+    script = tmp_path / 'ranks.py'      # train.py, but every rank leaves what it ends with
+    script.write_text('import sys, torch, train\n'
+                      'whole = train.Run.finish\n'
+                      'train.Run.finish = lambda run: (whole(run), torch.save(run.raw.state_dict(), sys.argv[1] + str(run.rank)))\n'
+                      'train.main(sys.argv[2:])\n', encoding='utf-8')
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29611', str(script),
+         str(tmp_path / 'rank'), *args, f'--out_dir={tmp_path / "two"}'], cwd=ROOT, capture_output=True, text=True,
+        timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert equal(*(torch.load(tmp_path / f'rank{r}', weights_only=True) for r in (0, 1)))
+    one, two = (log_of(tmp_path / name) for name in ('one', 'two'))
+    assert [sorted(entry) for entry in one] == [sorted(entry) for entry in two]
+    for a, b in zip(one[1:], two[1:]):
+        assert a.get('train_loss', 0) == pytest.approx(b.get('train_loss', 0), abs=2e-3)
+        assert a.get('val_loss', 0) == pytest.approx(b.get('val_loss', 0), abs=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
+    train.main([*small])
+    good = checkpoint(tmp_path / 'run')
+    state = copy.deepcopy(good)
+    state['model']['h.0.mlp.c_fc.weight'][0, 0] = math.nan
+    torch.save({**state, 'iter': 3}, tmp_path / 'run' / 'ckpt.pt')
+    says = error(*small, '--init_from=resume')
+    assert 'the loss is nan at step 3' in says and 'ckpt.pt is the last checkpoint' in says
+    assert checkpoint(tmp_path / 'run')['iter'] == 3                    # and has not been written over
+    assert 'the loss is' in error(*small, '--learning_rate=1e30', '--max_iters=60', '--grad_clip=0', '--overwrite=True')
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: bad input, checkpoints, data
+
+def test_a_run_is_never_overwritten_untold(small, tmp_path):
+    train.main(small)
+    before = (tmp_path / 'run' / 'ckpt.pt').read_bytes()
+    assert 'holds a run' in error(*small)
+    assert 'trained with n_layer = 2, not 3' in error(*small, '--n_layer=3', '--init_from=resume')
+    assert 'trained with weights' in error(*small, '--weights=int8', '--init_from=resume')
+    assert (tmp_path / 'run' / 'ckpt.pt').read_bytes() == before
+    train.main([*small, '--overwrite=True', '--max_iters=2'])
+    assert checkpoint(tmp_path / 'run')['iter'] == 2 and [e.get('iter') for e in log_of(tmp_path / 'run')] == [None, 1, 2, 2]
+
+
+def test_start_from_a_checkpoint(small, tmp_path, capsys):
+    train.main(small)
+    path = tmp_path / 'run' / 'ckpt.pt'
+    loss = log_of(tmp_path / 'run')[-1]['val_loss']
+    capsys.readouterr()
+    train.main([*small, '--eval_only=True', '--init_from=resume', '--prompt=def '])
+    out = capsys.readouterr().out
+    assert f'val loss {loss:.4f}' in out and 'def ' in out
+    for i, args in enumerate((['--weights=int8/row'], ['config/ternary.py'], ['config/direct8.py'])):
+        train.main([*args, *small, f'--init_from={path}', f'--out_dir={tmp_path / str(i)}', '--max_iters=1'])
+    assert 'model of another shape' in error(*small, '--n_embd=64', f'--init_from={path}', f'--out_dir={tmp_path / "x"}')
+    assert 'use --master=ternary' in error(*small, f'--init_from={tmp_path / "1" / "ckpt.pt"}', f'--out_dir={tmp_path / "y"}')
+    assert 'no checkpoint' in error(*small, '--init_from=nowhere.pt', f'--out_dir={tmp_path / "z"}')
+    for damage in (b'', b'not a checkpoint', path.read_bytes()[:5000]):
+        (tmp_path / 'bad.pt').write_bytes(damage)
+        assert 'not a whole checkpoint' in error(*small, f'--init_from={tmp_path / "bad.pt"}', f'--out_dir={tmp_path / "z"}')
+
+
+def test_a_checkpoint_is_as_small_as_what_it_stores(small, tmp_path):
+    train.main(['config/ternary.py', *small, '--n_embd=256', '--hidden=512'])
+    state = checkpoint(tmp_path / 'run')
+    packed = sum(t.nbytes for k, t in state['model'].items() if k.startswith('h.') and k.endswith('codes'))
+    assert packed == 2 * (4 * 256 * 256 + 3 * 256 * 512) / 4            # two bits a weight
+    assert (tmp_path / 'run' / 'ckpt.pt').stat().st_size < 1.5 * (packed * 4 + 12 * 256 * 256) + 100_000
+
+
+@pytest.mark.parametrize('change, says', [
+    (lambda d: (d / 'meta.json').unlink(), 'no dataset'), (lambda d: (d / 'val.bin').unlink(), 'cannot read the dataset'),
+    (lambda d: (d / 'train.bin').write_bytes(b'123'), 'truncated'), (lambda d: (d / 'meta.json').write_text('{'), 'cannot read'),
+    (lambda d: (d / 'train.bin').write_bytes(b'\xff' * (d / 'train.bin').stat().st_size), 'beyond the vocabulary')])
+def test_bad_data(change, says, small, data, tmp_path):
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    change(tmp_path)
+    assert says in error(*small, f'--dataset={tmp_path}')
+
+
+def test_other_bad_input(small, tmp_path):
+    assert 'not more than block_size' in error(*small, '--block_size=100000')
+    assert "no dataset 'nowhere'" in error(*small, '--dataset=nowhere')
+    assert 'run python data/openwebtext/prepare.py' in error(*small, '--dataset=openwebtext')
+    assert 'blocks of 48 do not divide a last axis of 128' in error(*small, '--adam_m=int8/48')
+    assert 'cannot load gpt2' in error(*small, '--init_from=gpt2', '--flavour=gpt2')
+    if not torch.cuda.is_available():
+        assert "device 'cuda' is not there" in error(*small, '--device=cuda')
+    assert not (tmp_path / 'run').exists()                              # nothing was begun
+
+
+def test_bpe_and_bytes_give_the_text_back():
+    text = (ROOT / 'quant.py').read_text(encoding='utf-8') + 'äöü €\r\n\t  <|endoftext|>'
+    for vocab in (256, 400):
+        tokenizer = make_tokenizer(vocab, text)
+        enc = encoding(tokenizer)
+        ids = enc.encode_ordinary(text)
+        assert enc.decode(ids) == text and max(ids) < tokenizer['vocab_size'] == enc.n_vocab == vocab
+        assert json.loads(json.dumps(tokenizer)) == tokenizer
+    ranks = train_bpe(text, 400)
+    assert ranks[:256] == [bytes([b]) for b in range(256)] and max(map(len, ranks)) <= 16
+    assert ranks == train_bpe(text, 400) and len(set(ranks)) == 400
+    pairs = [a + b for word in ('aab', 'aab', 'aac') for a, b in zip(word, word[1:])]
+    assert train_bpe('aab aab aac', 257)[256].decode() == max(sorted(set(pairs)), key=pairs.count)
+
+
+@pytest.mark.parametrize('vocab', ['255', '70000', 'abc'])
+def test_a_vocabulary_that_does_not_fit(vocab, tmp_path):
+    with pytest.raises(SystemExit, match='256'):
+        prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], vocab)
+    assert not (tmp_path / 'meta.json').exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# what the README says
+
+def test_the_commands_of_the_readme(tmp_path):
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert 'train.py config/ternary.py' in text and 'pytest -q test_quant.py' in text
+    for command in re.findall(r'train\.py ([^\n`|]*)', text):
+        args = [a for a in command.split('#')[0].split('&&')[0].split() if a.startswith(('config/', '--'))]
+        train.parse(args)                                               # every file and flag it names is there
+    for path in re.findall(r'`((?:config|data|experiments)/[\w/]+\.py)`', text):
+        assert (ROOT / path).exists()
+    done = run('config/ternary.py', '--max_iters=3', '--eval_tokens=512', '--sample_tokens=5', f'--out_dir={tmp_path / "x"}')
+    assert done.returncode == 0 and 'bits/byte' in done.stdout, done.stderr
+    bad = run('config/ternary.py', '--lerning_rate=1')
+    assert bad.returncode == 1 and bad.stderr.count('\n') == 1 and 'learning_rate' in bad.stderr
+
+
+def test_importing_does_nothing():
+    done = subprocess.run([sys.executable, '-c', 'import train, model, quant; print("ok")'], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == 'ok\n' and done.stderr == ''

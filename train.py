@@ -519,7 +519,7 @@ class Run:
         if not math.isfinite(loss):
             kept = os.path.join(config.out_dir, 'ckpt.pt')
             fail(f'the loss is {loss} at step {self.step}: lower learning_rate or use more bits'
-                 + (f'; {kept} is the last good checkpoint' if os.path.exists(kept) else ''))
+                 + (f'; {kept} is the last checkpoint' if os.path.exists(kept) else ''))
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip)
         self.optimizer.step(schedule(config, self.step))
