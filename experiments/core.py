@@ -1,0 +1,60 @@
+"""
+The numbers of the README: python -m experiments.core [tune|main|small|table] [--jobs=2]
+
+    tune    learning rates of BitNet, step sizes and gains of direct ternary training, 600 steps each
+    main    config/ternary.py, its frozen-random control, config/bitnet.py and config/baseline.py as they are
+    small   every strategy on a small model, 3 seeds where one is compared closely
+    table   prints what is in experiments/results/core.jsonl, trains nothing
+
+One JSON line a run in experiments/results/core.jsonl; finished runs are skipped. All losses are on the
+corpus whose sha256 each line has; only lines of one sha256 compare.
+"""
+import argparse
+import statistics
+
+from experiments.runs import RESULTS, read, run_all
+
+PATH = RESULTS / 'core.jsonl'
+
+# the control: codes never move, scales, embeddings and norms learn as ever
+FROZEN = ['config/ternary.py', '--master=ternary/row/absmean', '--code_lr=1e-6']
+MAIN = {'ternary': ['config/ternary.py'], 'bitnet': ['config/bitnet.py'], 'frozen': FROZEN,
+        'baseline': ['config/baseline.py']}
+
+SMALL = ['--n_embd=128', '--hidden=384', '--block_size=128', '--batch_size=16', '--max_iters=600', '--warmup_iters=50',
+         '--eval_interval=1000']
+CLOSE = ['baseline', 'w8', 'a8', 'w8a8', 'adam8']            # within 1 % of baseline over three seeds?
+OTHERS = ['w4', 'a4', 'g8', 'w8a8g8', 'adam4', 'kv4', 'bitnet', 'ternary', 'ternary_int8', 'direct8', 'direct4', 'dqt_paper',
+          'everything']
+
+
+def groups():
+    """{group: [(name, arguments of train.py, seed)]}"""
+    main = [(name, args, seed) for seed in (1, 2, 3) for name, args in MAIN.items()]
+    small = [(f'small {name}', [f'config/{name}.py', *SMALL], seed) for seed in (1, 2, 3)
+             for name in CLOSE + OTHERS if name in CLOSE or seed == 1]
+    return {'main': main, 'small': small}
+
+
+def table(results):
+    """Mean and standard deviation over seeds of every name, and the bytes a weight of its block linears."""
+    names = list(dict.fromkeys(r['name'] for r in results))
+    print('| run | seeds | val loss, nats/token | bits/byte | bytes a weight: weights + optimizer |\n|---|---|---|---|---|')
+    for name in names:
+        rows = [r for r in results if r['name'] == name]
+        losses, bpb = [r['val_loss'] for r in rows], statistics.mean(r['val_bpb'] for r in rows)
+        spread = f' ± {statistics.stdev(losses):.4f}' if len(rows) > 1 else ''
+        held = rows[0]['bytes']['linear']
+        print(f'| {name} | {len(rows)} | {statistics.mean(losses):.4f}{spread} | {bpb:.4f} | '
+              f'{held["weights"]:.2f} + {held["optimizer"]:.2f} |')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('groups', nargs='*', default=['main', 'small'])
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time; the cores are divided among them')
+    options = parser.parse_args()
+    for group in options.groups:
+        if group != 'table':
+            run_all(PATH, groups()[group], options.jobs)
+    table(read(PATH))
