@@ -1,12 +1,13 @@
 """
 A GPT in two flavours, chosen by `config.flavour`:
 
-    gpt2    learned positions, LayerNorm, GELU, optional biases    (Radford et al. 2019, as in nanoGPT)
-    llama   rotary positions on interleaved pairs, RMSNorm, SwiGLU, no biases  (Touvron et al., 2302.13971)
+    gpt2    learned positions, LayerNorm, GELU, optional biases (Radford et al. 2019, as in nanoGPT)
+    llama   rotary positions on interleaved pairs, RMSNorm, SwiGLU, no biases (Touvron et al.,
+            arXiv 2302.13971)
 
-The head is tied to the embedding in both. All that this file knows of quantization is `Linear`, whose
-strings say what it quantizes, and `KVCache`. `config` is any object with the attributes of train.Config
-that are named here.
+The head is tied to the embedding in both. All that this file knows of quantization is `Linear`,
+whose strings say what it quantizes, and the cache of keys and values. `config` is any object with
+the attributes of train.Config that are named here.
 """
 import math
 
@@ -14,17 +15,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import KVCache, Linear, StraightThrough, noise_key
+from quant import KVCache, Linear, StraightThrough, noise_key, quantize, spec
 
 
 def linear(config, n_in, n_out, parts=1):
-    """A block linear with the strategy of the config; parts = how many equal projections it fuses."""
+    """A block linear with the config's strategy; parts is how many equal projections it fuses."""
     return Linear(n_in, n_out, config.bias, config.weights, config.activations, config.gradients,
                   config.gradients_in, config.backward, parts)
 
 
 class Norm(nn.Module):
-    """LayerNorm (gpt2, bias optional) or RMSNorm (llama), computed in float32, in and out in x's dtype."""
+    """LayerNorm (gpt2) or RMSNorm (llama), computed in float32; in and out in x's dtype."""
 
     def __init__(self, config):
         super().__init__()
@@ -47,7 +48,9 @@ def rope(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.kv_cache = config.n_head, config.kv_cache
+        self.n_head, self.kv_cache = config.n_head, spec(config.kv_cache)
+        head = torch.zeros(1, config.n_embd // config.n_head)
+        quantize(head, self.kv_cache)                 # ValueError now if a block does not divide it
         self.c_attn = linear(config, config.n_embd, 3 * config.n_embd, parts=3)
         self.c_proj = linear(config, config.n_embd, config.n_embd)
         self.dropout = config.dropout
@@ -74,8 +77,10 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.flavour == 'llama'
-        hidden = config.hidden or (-(-8 * config.n_embd // 768) * 256 if self.gated else 4 * config.n_embd)
-        self.c_fc = linear(config, config.n_embd, 2 * hidden if self.gated else hidden, 2 if self.gated else 1)
+        # a gated MLP has three matrices, not two: 8/3 n_embd, up to a multiple of 256
+        usual = -(-8 * config.n_embd // 768) * 256 if self.gated else 4 * config.n_embd
+        hidden, parts = config.hidden or usual, 2 if self.gated else 1
+        self.c_fc = linear(config, config.n_embd, parts * hidden, parts)
         self.c_proj = linear(config, hidden, config.n_embd)
 
     def forward(self, x):
@@ -101,7 +106,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """logits (B, T, vocab) or loss of token ids (B, T). Activations have the dtype `self.dtype`.
 
-    Raises ValueError for a shape that does not fit: n_head must divide n_embd, a head be even for llama."""
+    Raises ValueError for a shape that does not fit."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -113,7 +118,9 @@ class GPT(nn.Module):
             raise ValueError('flavour llama has no bias and heads of an even size')
         self.config, self.block_size, self.dtype = config, config.block_size, torch.float32
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.flavour == 'gpt2' else None
+        self.wpe = None
+        if config.flavour == 'gpt2':
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config)
         if config.flavour == 'llama':
@@ -125,8 +132,8 @@ class GPT(nn.Module):
         self._init_weights()
         self.lm_head = None                        # the head is wte itself, unless it is quantized
         if config.quantize_head:
-            self.lm_head = Linear(config.n_embd, vocab_size, False, config.weights, config.activations,
-                                  config.gradients, config.gradients_in, config.backward)
+            self.lm_head = linear(config, config.n_embd, vocab_size)
+            self.lm_head.bias = None
             self.lm_head.weight = self.wte.weight  # tied, and stays so: one parameter
 
     def _init_weights(self):
@@ -146,21 +153,24 @@ class GPT(nn.Module):
     def from_pretrained(cls, config, vocab_size, name='gpt2'):
         """GPT-2's weights, by transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder.
 
-        Raises ValueError when the config is of another shape, ImportError and OSError when there is no
-        transformers or no such model here and no network."""
+        Raises ValueError when the config is of another shape, ImportError without transformers,
+        OSError when the model is neither here nor to be had."""
         from transformers import GPT2LMHeadModel
         hf = GPT2LMHeadModel.from_pretrained(name)
-        shape = {'flavour': 'gpt2', 'bias': True, 'n_layer': hf.config.n_layer, 'n_head': hf.config.n_head,
-                 'n_embd': hf.config.n_embd}
-        wrong = [f'{key} = {value!r}' for key, value in shape.items() if getattr(config, key) != value]
-        if wrong or config.block_size > hf.config.n_positions or vocab_size < hf.config.vocab_size:
-            raise ValueError(f'{name} needs {", ".join(wrong) or "its own shape"}, block_size up to '
-                             f'{hf.config.n_positions} and data of its {hf.config.vocab_size} tokens')
+        n_layer, n_head, n_embd = hf.config.n_layer, hf.config.n_head, hf.config.n_embd
+        shape = {'flavour': 'gpt2', 'bias': True, 'n_layer': n_layer, 'n_head': n_head,
+                 'n_embd': n_embd, 'hidden': 0}
+        wrong = [f'{key} = {value}' for key, value in shape.items() if getattr(config, key) != value]
+        most = hf.config.n_positions
+        if wrong or config.block_size > most or vocab_size < hf.config.vocab_size:
+            raise ValueError(f'{name} needs ' + ', '.join(wrong + [f'block_size up to {most}'])
+                             + ' and data in its tokens (prepare.py --vocab=gpt2)')
         model = cls(config, vocab_size)
         ours = model.state_dict()
         for key, w in hf.transformer.state_dict().items():
-            w = w.T if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else w   # (in, out) there
-            if key in ours:                                     # not the causal mask that old versions store
+            if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+                w = w.T                                         # stored as (in, out)
+            if key in ours:                                     # not old versions' causal mask
                 ours[key][:len(w)] = w[:len(ours[key])]         # wte is padded, wpe may be cut
         model.load_state_dict(ours)
         return model
@@ -172,7 +182,7 @@ class GPT(nn.Module):
                 layer.store_(master)
 
     def set_noise(self, *numbers):
-        """Give every Linear its key for stochastic rounding, a function of (seed, step, ...) alone."""
+        """Give every Linear its key for stochastic rounding, a function of (seed, step, ..)."""
         for i, layer in enumerate(m for m in self.modules() if isinstance(m, Linear)):
             layer.key.fill_(noise_key(*numbers, i))
 
@@ -185,23 +195,28 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe.weight[start:start + T]
         x = F.dropout(x, self.config.dropout, self.training).to(self.dtype)
-        angles = None if self.wpe is not None else (self.cos[start:start + T], self.sin[start:start + T])
+        angles = None
+        if self.wpe is None:
+            angles = self.cos[start:start + T], self.sin[start:start + T]
         for i, block in enumerate(self.h):
             x = block(x, angles, None if caches is None else caches[i])
         x = self.ln_f(x)
-        if targets is None:
-            x = x[:, [-1]] if caches is not None else x                         # generation wants the last
-        logits = self.lm_head(x) if self.lm_head is not None else F.linear(x, self.wte.weight.to(x.dtype))
+        if caches is not None:
+            x = x[:, [-1]]                                                      # all we need
+        if self.lm_head is not None:
+            logits = self.lm_head(x)                                            # (B, T, vocab)
+        else:
+            logits = F.linear(x, self.wte.weight.to(x.dtype))
         if targets is None:
             return logits.float()
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=0.8, top_k=200, generator=None):
-        """Continue idx (B, T) by n tokens, drawn from softmax(logits / temperature) cut to the top_k likeliest.
+        """Continue idx (B, T) by n tokens, drawn from softmax(logits / temperature) of the top_k.
 
-        The KV cache stores keys and values by config.kv_cache. When block_size is reached it is filled
-        anew from the last half of the text."""
+        Keys and values are stored by config.kv_cache. When block_size is reached, the cache is
+        filled anew from the last half of the text."""
         caches, new = None, None
         for _ in range(n):
             full = caches is not None and caches[0].k.codes.shape[2] == self.block_size

@@ -1,14 +1,14 @@
 """
 Quantized training of language models: every strategy, one vocabulary.
 
-A linear layer is three matmuls. With the tokens in rows, x (N, in), w (out, in), g = dL/dy (N, out):
+A linear layer is three matmuls. With tokens in rows, x (N, in), w (out, in), g = dL/dy (N, out):
 
     forward     y  = x^ w^T  (+ b)       x^ = Q_a(x),  w^ = Q_w(w)
     backward    dx = g^ w^               g^ = Q_g(g)
                 dw = g^T x^
 
-A step of AdamW reads and writes three more tensors, each of the shape of w: w itself, m and v. All of
-these can be quantized, and a string says how: 'int8/row', 'ternary/tensor/absmean',
+A step of AdamW reads and writes three more tensors, each of the shape of w: w itself, m and v. All
+of these can be quantized, and a string says how: 'int8/row', 'ternary/tensor/absmean',
 'uint8/256/root4', or '' for full precision. This file goes through them in order:
 
     Spec, QTensor         how a tensor is quantized; what is stored of it: packed codes and scales
@@ -68,8 +68,8 @@ class Spec:
               others), or a block of so many neighbours on the last axis
     scale     absmax: s = max|x| / Qp, which clips nothing; absmean: s = mean|x| / Qp
     rounding  nearest, or stochastic: up with the probability that makes the mean right
-    map       the level of code c is c (linear), c |c| (sqrt, for m) or c |c|^3 (root4, for v: nearest
-              by the fourth root, and never from positive to zero)
+    map       the level of code c is c (linear), c |c| (sqrt, for m) or c |c|^3 (root4, for v:
+              nearest by the fourth root, and never from positive to zero)
     sign      asymmetric: a zero point z per group, x^ = (q + z) s, so that codes span [min, max]
     packing   trits: five ternary codes a byte (3^5 = 243) instead of four
     format    '', 'nvfp4' (fp4, blocks of 16, e4m3 scales under one float32 scale) or 'mxfp4' (fp4,
@@ -105,8 +105,8 @@ class Spec:
 
 
 def spec(text):
-    """Parse 'int8/row/...' into a Spec; '' is None, full precision. Raises ValueError for a word that
-    is unknown, comes twice, or contradicts another."""
+    """Parse 'int8/row/...' into a Spec; '' is None, full precision. Raises ValueError for a word
+    that is unknown, comes twice, or contradicts another."""
     if text is None or isinstance(text, Spec):
         return text
     if not text:
@@ -136,12 +136,12 @@ def spec(text):
     floating, zero_point = s.grid in FLOATS, s.sign == 'asymmetric'
     for wrong, why in (
         (zero_point and (floating or s.grid == 'ternary'), 'only int and uint have a zero point'),
-        (zero_point and s.scale == 'absmean', 'asymmetric scales come from min and max, not absmean'),
+        (zero_point and s.scale == 'absmean', 'asymmetric scales are of min and max, not absmean'),
         (zero_point and s.map != 'linear', 'a zero point needs the linear map'),
         (floating and s.map != 'linear', 'a float grid has no map'),
         (s.packing == 'trits' and s.grid != 'ternary', 'only ternary packs as trits'),
         (s.format and s.scale == 'absmean', f'the scales of {s.format} come from absmax'),
-        (s.grid == 'bf16' and fields.keys() - {'grid', 'rounding'}, 'bf16 has no scale, only a rounding'),
+        (s.grid == 'bf16' and fields.keys() - {'grid', 'rounding'}, 'bf16 has no scale'),
     ):
         if wrong:
             raise ValueError(f"spec '{text}' contradicts itself: {why}")
@@ -213,7 +213,7 @@ def _levels(c, s):
 
 
 def _round(y, s, key, start):
-    """Codes of y = x / scale on the grid of s, in float32; of a float grid, the rounded y itself."""
+    """Codes of y = x / scale on the grid of s, float32; of a float grid, the rounded y itself."""
     stochastic = s.rounding == 'stochastic'
     u = uniform(y, key, start) if stochastic else None
     if s.grid in FLOATS:
@@ -226,7 +226,7 @@ def _round(y, s, key, start):
         return (y * spacing).clamp(-top, top)
     low, high = INTEGERS[s.grid]
     c = y if s.map == 'linear' else y.sign() * y.abs() ** (0.5 if s.map == 'sqrt' else 0.25)
-    if stochastic or s.map == 'sqrt':              # up by chance, with E[level] = y, or past the middle
+    if stochastic or s.map == 'sqrt':              # up by chance, so that E = y, or past the middle
         c = c.floor()
         below = _levels(c, s)
         c = c + ((u if stochastic else 0.5) < (y - below) / (_levels(c + 1, s) - below))
@@ -238,8 +238,8 @@ def _round(y, s, key, start):
 
 
 def pack(c, s):
-    """Codes (float32) to storage. Below 8 bits a byte holds several, of n bytes in a row the j-th the
-    codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order."""
+    """Codes (float32) to storage. Below 8 bits a byte holds several, of n bytes in a row the j-th
+    the codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order."""
     if s.grid == 'fp4':
         a = c.abs()
         i = torch.where(a < 2, 2 * a, torch.where(a < 4, a + 2, a / 2 + 4))
@@ -280,12 +280,13 @@ def _scales(x, s, parts=1):
         return scale, (least / scale - low).round(), None
     size = x.abs()
     size = size.amax(axis, keepdim=True) if s.scale == 'absmax' else size.mean(axis, keepdim=True)
+    if s.format == 'nvfp4':                        # e4m3 scales, the smallest 2^-9, under a float32 one
+        outer = size.amax() / (s.top * FLOATS['fp8'][2])
+        outer = torch.where(outer == 0, 1.0, outer)
+        return (size / s.top / outer).clamp(min=2.0 ** -9).to(torch.float8_e4m3fn), None, outer
     size = torch.where(size == 0, s.top, size)
     if s.format == 'mxfp4':                        # 4 = 2^2 is the highest power of two in fp4
         return torch.exp2(size.log2().floor() - 2).to(torch.float8_e8m0fnu), None, None
-    if s.format == 'nvfp4':
-        outer = size.amax() / (s.top * FLOATS['fp8'][2])
-        return (size / s.top / outer).to(torch.float8_e4m3fn), None, outer
     return size / s.top, None, None
 
 
@@ -366,8 +367,8 @@ class Recipe:
 class Matmul(torch.autograd.Function):
     """y = x^ w^T + b,  dx = g^ w^,  dw = g^T x^,  db = sum g:  x (N, in), w (out, in), g (N, out).
 
-    w is `weight`, or the codes and scale of a low-bit master; then `weight` is only where its gradient
-    goes. What is saved for the backward is codes and scales, not what they stand for."""
+    w is `weight`, or the codes and scale of a low-bit master; then `weight` is only where its
+    gradient goes. What is saved for the backward is codes and scales, not what they stand for."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, key, how, master, codes, scale):
@@ -401,10 +402,10 @@ class Matmul(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """y = x^ w^T + b over the last axis of x (..., in). The arguments are those of Recipe, as strings.
+    """y = x^ w^T + b over the last axis of x (..., in). Arguments: those of Recipe, as strings.
 
-    parts     number of equal, independent slices of the output (3 for a fused q, k, v): their weights
-              and gradients are scaled separately
+    parts     number of equal, independent slices of the output (3 for a fused q, k, v): their
+              weights and gradients are scaled separately
     store_()  replaces the float32 weight by codes, which are then all there is of it
     """
 
@@ -415,10 +416,13 @@ class Linear(nn.Module):
                                   ('backward', backward, ('ste', 'full'))):
             if value not in good:
                 raise ValueError(f"{name} = '{value}': use one of {', '.join(good)}")
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
-        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.how = Recipe(spec(weights), spec(activations), spec(gradients), gradients_in, backward,
                           parts)
+        for s, n in ((self.how.weights, n_in), (self.how.activations, n_in),
+                     (self.how.gradients, n_out // parts)):
+            quantize(torch.zeros(1, n), s)          # ValueError now if a block does not divide
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.master = None
         self.register_buffer('codes', None)
         self.register_buffer('scale', None)
@@ -438,8 +442,8 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def store_(self, master):
-        """Keep only codes: q = clip(round(w / s), Qn, Qp). s comes from w as it is now and is fixed from
-        then on, or learned, but not computed again: absmean of a ternary w would shrink every time.
+        """Keep only codes: q = clip(round(w / s), Qn, Qp). s comes from w as it is now and is fixed
+        from then on, or learned, but not computed again: absmean of a ternary w would shrink.
 
         autograd still wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
         expanded to that shape, in four bytes of memory. Call this on the device where it stays."""
@@ -447,8 +451,8 @@ class Linear(nn.Module):
         if s is None:
             return
         if s.sign == 'asymmetric' or s.map != 'linear' or s.grid[0] == 'u' or s.format:
-            raise ValueError(f"master = '{master}': a stored weight takes a symmetric, signed, linear "
-                             'grid with float32 scales')
+            raise ValueError(f"master = '{master}': a stored weight takes a symmetric, signed, "
+                             'linear grid with float32 scales')
         q = quantize(self.weight, replace(s, rounding='nearest'))
         self.master = s
         self.codes, self.scale = q.codes, q.scale
@@ -499,7 +503,7 @@ class KVCache:
 # the optimizer: quantized states, low-bit masters, direct ternary updates
 
 class Hyper(NamedTuple):
-    """The numbers of one step as 0-d tensors: compiled code need not be compiled again for new ones."""
+    """The numbers of one step, 0-d tensors: compiled code need not be compiled again for others."""
     lr: torch.Tensor       # in the unit of w, or in code units where `update` is told so
     decay: torch.Tensor    # decoupled weight decay, learning rate included
     beta1: torch.Tensor
@@ -511,7 +515,7 @@ class Hyper(NamedTuple):
 
 
 def direction(m, v, h):
-    """r = mhat / (sqrt(vhat) + eps), then sign(r) max(0, |r| - tau): no step on evidence below noise."""
+    """r = mhat / (sqrt(vhat) + eps), then sign(r) max(0, |r| - tau), none below the noise."""
     r = (m / h.bias1) / ((v / h.bias2).sqrt() + h.eps)
     return r.sign() * (r.abs() - h.tau).clamp(min=0)
 
@@ -525,8 +529,8 @@ def update(wq, g, mq, vq, h, key, start, code_units):
 
         q <- clip(SR(q - lr r), -1, 1): a code moves a level against r with probability lr |r|
 
-    A plain tensor for v is finished already (factored) and is not stored again. Returns new w, m and v,
-    dL/d log s = sum g w over the values that share a scale (or None), and how many codes changed."""
+    A plain tensor for v is finished already (factored) and is not stored again. Returns the new w,
+    m and v, dL/d log s = sum g w over what shares a scale (or None), and how many codes changed."""
     w, g = dequantize(wq), g.float()
     m = h.beta1 * dequantize(mq) + (1 - h.beta1) * g
     factored = isinstance(vq, torch.Tensor)
@@ -545,11 +549,12 @@ def update(wq, g, mq, vq, h, key, start, code_units):
 
 def _rows(t, a, b, n):
     """Rows a to b of a tensor that has n of them; a scale that all rows share comes whole."""
-    return t[a:b] if t is not None and t.shape[0] == n else t
+    return t[a:b] if t is not None and t.dim() and t.shape[0] == n else t
 
 
 def _take(q, a, b, n):
-    return q._replace(codes=q.codes[a:b], scale=_rows(q.scale, a, b, n), zero=_rows(q.zero, a, b, n))
+    scale, zero = _rows(q.scale, a, b, n), _rows(q.zero, a, b, n)
+    return q._replace(codes=q.codes[a:b], scale=scale, zero=zero)
 
 
 def _put(q, new, a, b, n):
@@ -573,8 +578,9 @@ class Slot:
             self.v = zeros[:, :1].clone(), zeros[:1].clone()
         else:
             self.v = quantize(zeros.clone(), v)
-        self.s = (torch.zeros_like(layer.scale), torch.zeros_like(layer.scale)) if learn_scale else ()
-        # a block of rows at a time, as much as fits the cache of a CPU, where rows have their own scales
+        learned = learn_scale and self.low_bit
+        self.s = tuple(torch.zeros_like(layer.scale) for _ in 'mv') if learned else ()
+        # rows with scales of their own go a block at a time, as much as fits the cache of a CPU
         specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor) and q.spec is not None]
         shared = any(s.group in ('tensor', 'column') or s.format == 'nvfp4' for s in specs)
         elements = 2 ** 24 if p.is_cuda else 2 ** 17
@@ -594,8 +600,8 @@ class Slot:
 
 class AdamW:
     """AdamW whose weights, m and v are stored quantized between steps (Loshchilov & Hutter, arXiv
-    1711.05101; quantized states: paper 1; low-bit masters: paper 2). Only the weights of Linear layers
-    take the Specs: embeddings, norms and biases are float32 throughout.
+    1711.05101; quantized states: paper 1; low-bit masters: paper 2). Only the weights of Linear
+    layers take the Specs: embeddings, norms and biases are float32 throughout.
 
     adam_m, adam_v  Specs of the moments; adam_v = 'factored' keeps one row and one column of v
     code_lr         > 0: the direct update of low-bit masters, by code_lr half ranges of their grid
@@ -619,9 +625,8 @@ class AdamW:
         self.slots = []
         for name, p in model.named_parameters():       # a tied weight comes once, by its first name
             layer = layers.get(name)
-            m, v = (adam_m, adam_v) if layer is not None else ('', '')
-            learn_scale = layer is not None and layer.scale is not None and code_lr > 0 and scale_lr > 0
-            self.slots.append(Slot(name, p, layer, m, v, learn_scale))
+            m, v = ('', '') if layer is None else (adam_m, adam_v)
+            self.slots.append(Slot(name, p, layer, m, v, code_lr > 0 and scale_lr > 0))
 
     def zero_grad(self):
         for slot in self.slots:
@@ -629,7 +634,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, scale=1.0):
-        """One step from every parameter's .grad; `scale` in [0, 1] is the schedule, for all rates."""
+        """One step from every parameter's .grad; `scale` in [0, 1] is the schedule of all rates."""
         self.t += 1
         lr, decay, beta1 = scale * self.learning_rate, self.weight_decay, self.betas[0]
         bias1 = 1 - beta1 ** self.t
@@ -645,8 +650,8 @@ class AdamW:
                     self._learn_scale(slot, scale * self.scale_lr)
 
     def _direct(self, scale):
-        """The numbers of the direct update. Under white noise r has the size of the root of the sum of
-        the squared weights of the gradients in mhat: N <- beta1^2 N + (1 - beta1)^2; tau counts in it."""
+        """The numbers of the direct update. tau counts in the size of r under white noise, the root
+        of the sum of squared weights of the gradients in mhat: N <- beta1^2 N + (1 - beta1)^2."""
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / self.ramp)) if self.ramp else self.betas[0]
         self.momentum *= beta1
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
@@ -672,7 +677,7 @@ class AdamW:
         slot.ds = torch.zeros_like(slot.layer.scale) if code_units else None
         for a in range(0, n, slot.block):
             b = min(a + slot.block, n)
-            v = row[a:b] * col / row.mean() if slot.factored else _take(slot.v, a, b, n)
+            v = row[a:b] * col / row.mean().clamp(min=1e-30) if slot.factored else _take(slot.v, a, b, n)
             w, m, v, ds, flips = self.update(
                 _take(wq, a, b, n), g[a:b], _take(slot.m, a, b, n), v, h, key,
                 torch.tensor(a * cols, **integer), code_units)
@@ -704,7 +709,7 @@ class AdamW:
                 'slots': {slot.name: slot.tensors() for slot in self.slots}}
 
     def load_state_dict(self, state):
-        """Copy a state in. Raises ValueError when it is of another model or stored in another way."""
+        """Copy a state in. Raises ValueError if it is of another model or stored in another way."""
         if state['slots'].keys() != {slot.name for slot in self.slots}:
             raise ValueError('the optimizer state is of another model')
         for slot in self.slots:
@@ -726,7 +731,7 @@ def _held(tensors):
 
 
 def held(model, optimizer):
-    """Bytes really held, read off the storages: {'weights', 'optimizer', 'gradients', 'linear'}, where
+    """Bytes really held, read off the storages: {'weights', 'optimizer', 'gradients', 'linear'};
     'linear' is the same three for the weights of Linear layers alone, in bytes a weight."""
     slots = [s for s in optimizer.slots if s.layer is not None]
     count = sum(s.p.numel() for s in slots)
@@ -740,7 +745,7 @@ def held(model, optimizer):
 
 
 def shares(model):
-    """{level: share of the codes} of the low-bit masters of at most 16 levels; {} if there are none."""
+    """{level: share of the codes} of the low-bit masters of at most 16 levels; {} without any."""
     counts = {}
     for layer in model.modules():
         if isinstance(layer, Linear) and layer.master is not None and layer.master.base < 256:
@@ -752,7 +757,7 @@ def shares(model):
 
 
 def _damage(x, how, key=0):
-    """What quantizing x does: signal-to-noise in dB (None: exact), share of zeros and clipped values."""
+    """What quantizing x does: signal-to-noise in dB (None: exact), shares of zeros and clipped."""
     x = x.float()
     q = quantize(x, how, key)
     y = dequantize(q)
@@ -767,7 +772,7 @@ def _damage(x, how, key=0):
 
 @torch.no_grad()
 def health(model, *inputs):
-    """Of each Linear, on one batch: what its Specs do to its weight and its input, and how the codes of
+    """Of each Linear, on one batch: what its Specs do to its weight and input, and how the codes of
     a low-bit master share the levels. {layer: {'weights', 'activations', 'levels'}}."""
     report, hooks = {}, []
 

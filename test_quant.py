@@ -647,10 +647,10 @@ def run(*args, **env):
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
 
 
-def error(*args):
+def error(*args, when=train.main):
     """What train.py says when it refuses: one line, and a status that is not 0."""
     with pytest.raises(SystemExit) as e:
-        train.main(list(args))
+        when(list(args))
     assert isinstance(e.value.code, str) and e.value.code.startswith('error: ') and '\n' not in e.value.code
     return e.value.code
 
@@ -699,7 +699,7 @@ def equal(a, b):
     ('--code_lr=0.1', 'give master too'), ('--learning_rate=nan', 'must be a float'),
     ('--max_iters=__import__("os").getpid()', 'must be an int'), ('--max_iters=9**9**9', 'must be an int')])
 def test_a_bad_flag_is_one_clear_line(flag, says):
-    assert says in error(flag)
+    assert says in error(flag, when=train.parse)
 
 
 @pytest.mark.parametrize('line, says', [
@@ -709,7 +709,8 @@ def test_a_bad_flag_is_one_clear_line(flag, says):
 def test_a_bad_config_file_names_file_and_line(line, says, tmp_path):
     path = tmp_path / 'bad.py'
     path.write_text('# a comment\n' + line + '\n', encoding='utf-8')
-    assert says in error(str(path)) and f'{path}:2' in error(str(path))
+    line = error(str(path), when=train.parse)
+    assert says in line and f'{path}:2' in line
 
 
 def test_later_files_and_flags_win(tmp_path):

@@ -1,11 +1,11 @@
 """
 Train, evaluate and sample one GPT, with any quantization strategy:
 
-    python train.py config/ternary.py                            one strategy, at the default size
-    python train.py config/gpt2.py config/w8a8.py                a size and a strategy; later files win
-    python train.py config/ternary.py --learning_rate=1e-3       and flags win over files
-    python train.py config/ternary.py --init_from=resume         go on where it stopped
-    torchrun --nproc_per_node=8 train.py config/gpt2.py          data-parallel
+    python train.py config/ternary.py                           a strategy, at the default size
+    python train.py config/gpt2.py config/w8a8.py               a size and a strategy: later wins
+    python train.py config/ternary.py --learning_rate=1e-3      and flags win over files
+    python train.py config/ternary.py --init_from=resume        go on where it stopped
+    torchrun --nproc_per_node=8 train.py config/gpt2.py         data-parallel
 
 Writes <out_dir>/ckpt.pt and <out_dir>/log.jsonl, one JSON object a line.
 """
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.tokenizer import encoding
 from model import GPT
-from quant import AdamW, health, held, noise_key, shares, spec
+from quant import AdamW, KVCache, health, held, noise_key, shares, spec
 
 
 @dataclass
@@ -39,20 +39,20 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 256
-    hidden: int = 0              # width of the MLP; 0: 4 n_embd (gpt2), 8/3 n_embd up to a multiple of 256 (llama)
+    hidden: int = 0              # width of the MLP; 0: 4 n_embd (gpt2), 8/3 n_embd, rounded up
     block_size: int = 256        # longest context, in tokens
     bias: bool = False           # gpt2 only
     dropout: float = 0.0
     rope_theta: float = 10000.0  # llama only
-    init_gain: float = 0.0       # > 0: block linears start from N(0, init_gain^2 / fan_in); 0: as GPT-2
-    quantize_head: bool = False  # the head too takes weights, activations and gradients below
+    init_gain: float = 0.0       # > 0: block linears start from N(0, init_gain^2 / fan_in)
+    quantize_head: bool = False  # the head too takes weights, activations and gradients
 
-    # the strategy: Specs as quant.py reads them, 'int8/row', 'ternary/tensor/absmean', ...; '' is full precision
+    # the strategy: Specs as in quant.py, 'int8/row', 'ternary/tensor/absmean'; '': full precision
     weights: str = ''            # weights of block linears, as the forward sees them
     activations: str = ''        # their inputs
     gradients: str = ''          # gradients of their outputs,
     gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
-    backward: str = 'ste'        # the backward multiplies by quantized x and w (ste) or by full ones (full)
+    backward: str = 'ste'        # the backward sees quantized x and w (ste) or the full ones (full)
     kv_cache: str = ''           # keys and values
     master: str = ''             # the weights as they are stored between steps
     adam_m: str = ''             # Adam's moments as they are stored
@@ -62,30 +62,30 @@ class Config:
     learning_rate: float = 3e-3
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
-    max_iters: int = 1000
+    max_iters: int = 1200
     weight_decay: float = 0.1    # of matrices
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm; 0: off
-    # the optimizer of low-bit masters
-    code_lr: float = 0.0         # > 0: direct update, in half ranges of the grid a step; 0: by learning_rate
-    scale_lr: float = 0.0        # > 0: the scales of the codes are learned
-    threshold: float = 0.0       # no flips on evidence below so many standard deviations of the noise
-    ramp: float = 0.0            # > 0: beta1 grows over time, 1 - 1 / (10 + t / ramp)
+    # the direct update of low-bit masters, if code_lr > 0; else they too go by learning_rate
+    code_lr: float = 0.0         # half ranges of the grid a step
+    scale_lr: float = 0.01       # of their scales; 0: fixed
+    threshold: float = 1.0       # no flips on evidence below so many deviations of the noise
+    ramp: float = 20.0           # beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
 
     # the data
     dataset: str = 'python'      # folder in data/, or the path of one
-    batch_size: int = 8          # sequences of block_size tokens, for each process and micro-step
-    grad_accum: int = 1          # micro-steps to a step
+    batch_size: int = 8          # sequences of block_size tokens, a process and a micro-step
+    grad_accum: int = 1          # micro-steps a step
 
     # the run
     out_dir: str = ''            # '': out/ and the names of the config files
-    overwrite: bool = False      # throw away a run that is in out_dir
-    init_from: str = 'scratch'   # or resume, the path of a checkpoint, or gpt2 (needs transformers)
+    overwrite: bool = False      # throw away the run that is in out_dir
+    init_from: str = 'scratch'   # or resume, the path of a checkpoint, gpt2, gpt2-medium, ..
     seed: int = 1337
     eval_only: bool = False      # evaluate and sample, do not train
-    eval_interval: int = 250     # steps between evaluations, each of which saves a checkpoint
+    eval_interval: int = 200     # steps between evaluations, each of which saves a checkpoint
     eval_tokens: int = 2 ** 15   # of val.bin; the last evaluation takes up to 2^22
     log_interval: int = 10
     prompt: str = '\n'           # the sample continues it
@@ -96,8 +96,8 @@ class Config:
 
 
 # what may differ between a run and its continuation
-RUN_KEYS = {'out_dir', 'overwrite', 'init_from', 'eval_only', 'eval_interval', 'eval_tokens', 'log_interval',
-            'prompt', 'sample_tokens', 'device', 'compile'}
+RUN_KEYS = {'out_dir', 'overwrite', 'init_from', 'eval_only', 'eval_interval', 'eval_tokens',
+            'log_interval', 'prompt', 'sample_tokens', 'device', 'compile'}
 
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -110,12 +110,12 @@ def fail(message):
 # ------------------------------------------------------------------------------------------------
 # the command line: config files and flags are data, read without running them
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
 
 
 def literal(node):
-    """The value of a constant, or of arithmetic on numbers. Raises ValueError for any other expression."""
+    """The value of a constant or of arithmetic on numbers. Raises ValueError for anything else."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -129,11 +129,12 @@ def literal(node):
 
 
 def assign(config, key, node, text, where):
-    """Set config.key to the value of an expression (or to the bare text of a flag, where a string is due)."""
+    """Set config.key to the value of an expression, or to the bare text of a flag for a string."""
     types = {f.name: f.type for f in fields(Config)}
     if key not in types:
         near = difflib.get_close_matches(key, types, 1)
-        fail(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else '; see train.py'))
+        fail(f"{where}: unknown key '{key}'"
+             + (f", did you mean '{near[0]}'?" if near else '; train.py lists them'))
     try:
         value = literal(node)
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -182,43 +183,48 @@ def parse_file(config, path):
         fail(f"{path}:{getattr(e, 'lineno', 1)}: not a config file: {e}")
     for line in tree.body:
         where = f'{path}:{line.lineno}'
-        if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):
-            assign(config, line.targets[0].id, line.value, ast.get_source_segment(source, line.value), where)
-        elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):   # a docstring
-            fail(f'{where}: a config file has lines of the form key = value, nothing else')
+        if isinstance(line, ast.Assign) and [type(t) for t in line.targets] == [ast.Name]:
+            text = ast.get_source_segment(source, line.value)
+            assign(config, line.targets[0].id, line.value, text, where)
+        elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):
+            fail(f'{where}: a config file has lines of the form key = value and comments only')
 
 
 def check(config):
     """Everything that can be said to be wrong before anything is built."""
-    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_iters', 'batch_size', 'grad_accum',
-                'eval_interval', 'eval_tokens', 'log_interval', 'learning_rate', 'eps', 'rope_theta'):
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_iters', 'batch_size',
+                'grad_accum', 'eval_interval', 'eval_tokens', 'log_interval', 'learning_rate',
+                'eps', 'rope_theta'):
         if not getattr(config, key) > 0:
             fail(f'{key} = {getattr(config, key)} must be greater than 0')
-    for key in ('hidden', 'init_gain', 'warmup_iters', 'weight_decay', 'grad_clip', 'code_lr', 'scale_lr', 'threshold',
-                'ramp', 'min_lr', 'sample_tokens', 'seed'):
+    for key in ('hidden', 'init_gain', 'warmup_iters', 'weight_decay', 'grad_clip', 'code_lr',
+                'scale_lr', 'threshold', 'ramp', 'min_lr', 'sample_tokens', 'seed'):
         if not getattr(config, key) >= 0:
             fail(f'{key} = {getattr(config, key)} must not be negative')
     for key in ('dropout', 'beta1', 'beta2'):
         if not 0 <= getattr(config, key) < 1:
             fail(f'{key} = {getattr(config, key)} must lie in [0, 1)')
+    for key, good in (('compile', ('auto', 'yes', 'no')),
+                      ('dtype', ('auto', 'float32', 'bfloat16'))):
+        if getattr(config, key) not in good:
+            fail(f"{key} = '{getattr(config, key)}': use {', '.join(good)}")
     for key in ('weights', 'activations', 'gradients', 'kv_cache', 'master', 'adam_m', 'adam_v'):
         if (key, getattr(config, key)) != ('adam_v', 'factored'):
             try:
                 spec(getattr(config, key))
             except ValueError as e:
                 fail(f'{key}: {e}')
-    for key, good in (('compile', ('auto', 'yes', 'no')), ('dtype', ('auto', 'float32', 'bfloat16'))):
-        if getattr(config, key) not in good:
-            fail(f"{key} = '{getattr(config, key)}': use {', '.join(good)}")
-    if config.code_lr and (not config.master or config.master.startswith('bf16')):
+    if config.code_lr and (not config.master or spec(config.master).grid == 'bf16'):
         fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
+    if config.sample_tokens:
+        KVCache(config.kv_cache)        # ValueError if the sample at the end could not use it
 
 
 # ------------------------------------------------------------------------------------------------
 # data: flat files of uint16 tokens, and an order that is a function of (seed, step) alone
 
 def load_data(config, rank):
-    """train, val (uint16 arrays) and meta of data/<dataset>; corpora that need no download are built."""
+    """train, val (uint16) and meta of data/<dataset>; corpora without a download are built."""
     root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', config.dataset)
     script = os.path.join(root, 'prepare.py')
     path = os.path.join(root, 'meta.json')
@@ -228,32 +234,35 @@ def load_data(config, rank):
     if dist.is_initialized():
         dist.barrier()
     if not os.path.exists(path):
-        fail(f"no data in data/{config.dataset}: run python data/{config.dataset}/prepare.py" if os.path.exists(script)
-             else f"no dataset '{config.dataset}': there is no folder data/{config.dataset} with a meta.json")
+        here = f'data/{config.dataset}'
+        fail(f'no data in {here}: run python {here}/prepare.py' if os.path.exists(script) else
+             f"no dataset '{config.dataset}': there is no {os.path.join(here, 'meta.json')}")
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        splits = []
-        for split in ('train', 'val'):
-            name = os.path.join(root, split + '.bin')
-            size = os.path.getsize(name)
-            if size != 2 * meta[split + '_tokens']:
-                fail(f'{name} has {size} bytes instead of {2 * meta[split + "_tokens"]}: it is truncated or of '
-                     f'another vocabulary; run data/{config.dataset}/prepare.py again')
-            small = size < 100e6
-            splits.append(np.fromfile(name, '<u2') if small else np.memmap(name, '<u2', mode='r'))
-            if len(splits[-1]) <= config.block_size:
-                fail(f'{name} has {len(splits[-1])} tokens, not more than block_size = {config.block_size}')
-    except (OSError, ValueError, KeyError) as e:
+        splits = [read_split(root, split, meta, config.block_size) for split in ('train', 'val')]
+    except (OSError, ValueError, KeyError, TypeError) as e:
         fail(f'cannot read the dataset {config.dataset}: {e!r}; run its prepare.py again')
     return *splits, meta
+
+
+def read_split(root, split, meta, block_size):
+    name, tokens = os.path.join(root, split + '.bin'), meta[split + '_tokens']
+    size = os.path.getsize(name)
+    if size != 2 * tokens:
+        fail(f'{name} has {size} bytes instead of {2 * tokens}: it is truncated or of another '
+             'vocabulary; run its prepare.py again')
+    if tokens <= block_size:
+        fail(f'{name} has {tokens} tokens, not more than block_size = {block_size}')
+    return np.fromfile(name, '<u2') if size < 100e6 else np.memmap(name, '<u2', mode='r')
 
 
 def to_batch(data, starts, T, vocab_size, device):
     """x, y (B, T) from the windows that begin at `starts`; y is x one token on."""
     window = np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64)
     if window.max() >= vocab_size:
-        fail(f'the data has token id {window.max()}, beyond the vocabulary of {vocab_size}; run prepare.py again')
+        fail(f'the data has token id {window.max()}, beyond the vocabulary of {vocab_size}; run '
+             'its prepare.py again')
     window = torch.from_numpy(window)
     if device.type == 'cuda':
         window = window.pin_memory().to(device, non_blocking=True)
@@ -262,10 +271,10 @@ def to_batch(data, starts, T, vocab_size, device):
 
 
 def window_starts(config, step, n_tokens, world):
-    """Where the windows of a step begin, for all ranks and micro-steps: (grad_accum, world, batch_size).
+    """Where the windows of a step begin, for all micro-steps and ranks: (grad_accum, world, batch).
 
-    The windows are drawn anew for every step from (seed, step): resuming needs no state, and evaluation,
-    precision and the number of processes change nothing as long as the product of the three is the same."""
+    Drawn anew for every step from (seed, step): resuming needs no state, and neither evaluation nor
+    precision nor, while the product of the three is the same, the number of processes matters."""
     rng = np.random.default_rng((config.seed, step))
     shape = config.grad_accum, world, config.batch_size
     return rng.integers(n_tokens - config.block_size, size=math.prod(shape)).reshape(shape)
@@ -291,7 +300,7 @@ def load(path):
         checkpoint['config'], checkpoint['model'], checkpoint['iter']
         return checkpoint
     except Exception as e:              # a damaged file raises anything at all
-        fail(f'{path} is not a whole checkpoint of this program ({type(e).__name__}); train it again')
+        fail(f'{path} is not a whole checkpoint of this program ({type(e).__name__}); use another')
 
 
 def load_weights(model, config, checkpoint, path):
@@ -315,7 +324,8 @@ def load_weights(model, config, checkpoint, path):
 def pick_device(config, local_rank):
     name = config.device
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        mps = torch.backends.mps.is_available()
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
         device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
         torch.zeros(1, device=device)
@@ -334,7 +344,7 @@ def pick_dtype(config, device):
 
 
 def schedule(config, step):
-    """The learning rates of a step (from 0) as a fraction of their peaks: linear up, cosine down to min_lr."""
+    """The rates of a step (from 0) as a fraction of their peaks: linear up, cosine to min_lr."""
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
     done = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -342,14 +352,14 @@ def schedule(config, step):
 
 
 def build(config, checkpoint, vocab_size, device):
-    """The model, from scratch, a checkpoint or GPT-2's weights, on its device, its masters low-bit."""
-    torch.manual_seed(config.seed)      # before any weight is drawn; on the CPU: the same on every device
+    """The model, from scratch, a checkpoint or GPT-2, on its device, its weights as stored."""
+    torch.manual_seed(config.seed)      # weights are drawn on the CPU: the same for every device
     if config.init_from in GPT2:
         try:
             model = GPT.from_pretrained(config, vocab_size, config.init_from).to(device)
         except (ImportError, OSError) as e:
-            fail(f'cannot load {config.init_from}: {" ".join(str(e).split())[:200]}; it takes pip install transformers '
-                 'and a network, once')
+            fail(f'cannot load {config.init_from}: {" ".join(str(e).split())[:200]}; it takes pip '
+                 'install transformers and, once, a network')
     else:
         model = GPT(config, vocab_size).to(device)
     if checkpoint:
@@ -366,13 +376,13 @@ def open_run(config, rank):
         checkpoint = load(ckpt)
         for key, old in checkpoint['config'].items():
             if key not in RUN_KEYS and getattr(config, key) != old:
-                fail(f'{ckpt} was trained with {key} = {old!r}, not {getattr(config, key)!r}; to go on, give the '
-                     'same; for a new run from its weights, --init_from=PATH and another out_dir')
+                fail(f'{ckpt} was trained with {key} = {old!r}, not {getattr(config, key)!r}; to '
+                     'go on, give the same; for a new run from its weights, --init_from=PATH')
         return checkpoint
     if not config.eval_only and (os.path.exists(ckpt) or os.path.exists(log)):
         if not config.overwrite:
-            fail(f'{config.out_dir} holds a run: go on with --init_from=resume, choose another --out_dir, or throw '
-                 'it away with --overwrite=True')
+            fail(f'{config.out_dir} holds a run: go on with --init_from=resume, choose another '
+                 '--out_dir, or throw it away with --overwrite=True')
         if rank == 0:
             for path in (ckpt, log):
                 os.path.exists(path) and os.remove(path)
@@ -380,13 +390,13 @@ def open_run(config, rank):
 
 
 def cut_log(path, step):
-    """Drop what a run logged after the checkpoint that it resumes from; a half-written last line too."""
+    """Drop what a run logged after the checkpoint it resumes from, and a half-written last line."""
     if not os.path.exists(path):
         return
     with open(path, encoding='utf-8') as f:
         lines = f.read().splitlines(keepends=True)
-    keep = [line for line in lines if line.endswith('\n') and 0 <= json.loads(line).get('iter', 0) <= step
-            and 'done' not in json.loads(line)]
+    entries = [(line, json.loads(line)) for line in lines if line.endswith('\n')]
+    keep = [line for line, entry in entries if entry.get('iter', 0) <= step and 'done' not in entry]
     with open(path, 'w', encoding='utf-8') as f:
         f.writelines(keep)
 
@@ -419,19 +429,20 @@ class Run:
         self.train_data, self.val_data, self.meta = load_data(config, rank)
         resuming = config.init_from == 'resume'
         if resuming and checkpoint['sha256'] != self.meta['sha256']:
-            fail(f"the checkpoint was trained on another version of data/{config.dataset} (sha256 "
-                 f"{checkpoint['sha256'][:12]}, now {self.meta['sha256'][:12]}); losses would not compare")
-        self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64        # a multiple of 64 suits the matmuls
+            fail(f"the checkpoint was trained on data of sha256 {checkpoint['sha256'][:12]}, but "
+                 f"{config.dataset} is now {self.meta['sha256'][:12]}: losses would not compare")
+        self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
         self.raw = build(config, checkpoint, self.vocab_size, self.device)
         self.raw.dtype = pick_dtype(config, self.device)
-        compiled = config.compile == 'yes' or config.compile == 'auto' and self.device.type == 'cuda'
+        gpu = self.device.type == 'cuda'
+        compiled = config.compile == 'yes' or config.compile == 'auto' and gpu
         self.model = torch.compile(self.raw) if compiled else self.raw
         self.optimizer = AdamW(
-            self.raw, config.learning_rate, (config.beta1, config.beta2), config.eps, config.weight_decay,
-            config.adam_m, config.adam_v, config.code_lr, config.scale_lr, config.threshold, config.ramp,
-            config.seed, compiled)
+            self.raw, config.learning_rate, (config.beta1, config.beta2), config.eps,
+            config.weight_decay, config.adam_m, config.adam_v, config.code_lr, config.scale_lr,
+            config.threshold, config.ramp, config.seed, compiled)
         self.step, self.seconds = 0, 0.0
-        self.tokens = config.grad_accum * world * config.batch_size * config.block_size        # in a step
+        self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         if resuming:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.step, self.seconds = checkpoint['iter'], checkpoint['seconds']
@@ -445,18 +456,21 @@ class Run:
             os.makedirs(config.out_dir, exist_ok=True)
             cut_log(path, self.step)
         self.log = Log(path, self.rank)
-        where = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else self.device.type
-        dtype = str(self.raw.dtype).split('.')[1]
+        gpu = self.device.type == 'cuda'
+        versions = {
+            'python': platform.python_version(), 'torch': torch.__version__,
+            'device': torch.cuda.get_device_name(self.device) if gpu else self.device.type,
+            'dtype': str(self.raw.dtype).split('.')[1]}
         if not resuming:
-            self.log.line(config=asdict(config), sha256=self.meta['sha256'], versions={
-                'python': platform.python_version(), 'torch': torch.__version__, 'device': where, 'dtype': dtype})
+            self.log.line(config=asdict(config), sha256=self.meta['sha256'], versions=versions)
         count = sum(p.numel() for p in self.raw.parameters())
-        self.log.say(f'{config.flavour} {config.n_layer}x{config.n_embd}, {count / 1e6:.2f}M parameters, {dtype} on '
-                     f'{where}, data/{config.dataset} {self.meta["sha256"][:12]}')
+        self.log.say(f'{config.flavour} {config.n_layer}x{config.n_embd}, {count / 1e6:.2f}M '
+                     f'parameters, {versions["dtype"]} on {versions["device"]}, data '
+                     f'{config.dataset} {self.meta["sha256"][:12]}')
 
     @torch.no_grad()
     def evaluate(self, most):
-        """Loss in nats a token and bits a byte over windows spread evenly over val, about `most` tokens at most."""
+        """Loss in nats a token and bits a byte over windows spread over val, of `most` tokens."""
         T, B, data = self.config.block_size, self.config.batch_size, self.val_data
         n = max(1, min(most // T, (len(data) - 1) // T))
         starts = np.linspace(0, len(data) - 1 - T, n).astype(np.int64)
@@ -492,16 +506,17 @@ class Run:
         self.save()
 
     def gradients(self):
-        """Gradients of one step, summed over micro-steps and processes; (loss, number of wishes to stop)."""
+        """The gradients of a step, over all micro-steps and processes; (loss, wishes to stop)."""
         config, world = self.config, self.world
         starts = window_starts(config, self.step, len(self.train_data), world)
         total = torch.zeros(2, device=self.device)
         self.optimizer.zero_grad()
         for micro in range(config.grad_accum):
-            x, y = to_batch(self.train_data, starts[micro, self.rank], config.block_size, self.vocab_size, self.device)
+            x, y = to_batch(self.train_data, starts[micro, self.rank], config.block_size,
+                            self.vocab_size, self.device)
             noise = config.seed, self.step, micro * world + self.rank
             self.raw.set_noise(*noise)
-            torch.manual_seed(noise_key(*noise))                        # for dropout
+            torch.manual_seed(noise_key(*noise))                     # for dropout
             loss = self.model(x, y) / (config.grad_accum * world)
             loss.backward()
             total[0] += loss.detach()
@@ -528,8 +543,9 @@ class Run:
 
     def train(self):
         config = self.config
-        bar = tqdm(total=config.max_iters, initial=self.step, disable=None if self.rank == 0 else True, unit='step')
-        losses, busy = [], 0.0                                          # since the last log line
+        bar = tqdm(total=config.max_iters, initial=self.step, unit='step',
+                   disable=None if self.rank == 0 else True)         # None: only on a terminal
+        losses, busy = [], 0.0                                       # since the last log line
         self.model.train()
         while self.step < config.max_iters:
             began = time.perf_counter()
@@ -544,12 +560,14 @@ class Run:
                 self.log.line(iter=self.step, train_loss=loss, tokens_per_s=rate, **flips)
                 bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
                 if bar.disable and self.step % (10 * config.log_interval) == 0:
-                    self.log.say(f'step {self.step}/{config.max_iters}: loss {loss:.4f}, {rate:.0f} tokens/s')
+                    self.log.say(f'step {self.step} of {config.max_iters}: loss {loss:.4f}, '
+                                 f'{rate:.0f} tokens/s')
                 losses, busy = [], 0.0
             if stop:
                 self.save()
                 bar.close()
-                self.log.say(f'saved after step {self.step}; to go on, the same command and --init_from=resume')
+                self.log.say(f'saved after step {self.step}; to go on, give the same command with '
+                             '--init_from=resume')
                 raise SystemExit(130)
             if self.step % config.eval_interval == 0 and self.step < config.max_iters:
                 self.check_up()
@@ -562,27 +580,28 @@ class Run:
         generator = torch.Generator(self.device).manual_seed(config.seed)
         self.raw.eval()
         tokens = self.raw.generate(idx, config.sample_tokens, generator=generator)[0].tolist()
-        return enc.decode([t for t in tokens if t < self.meta['vocab_size']])     # none of the padding
+        return enc.decode([t for t in tokens if t < self.meta['vocab_size']])    # no padding
 
     def finish(self):
-        """The last evaluation, over val as a whole if it has no more than 2^22 tokens; a sample; a summary."""
+        """The last evaluation, over all of val up to 2^22 tokens, a sample, and a summary."""
         log, result = self.log, self.evaluate(2 ** 22)
         if self.config.sample_tokens:
             log.say(f'--- sample ---\n{self.sample()}\n--------------')
         log.say(f'val loss {result["val_loss"]:.4f} nats/token, {result["val_bpb"]:.4f} bits/byte')
         if self.config.eval_only:
             return
-        size, tokens = held(self.raw, self.optimizer), self.config.max_iters * self.tokens
-        each = size['linear']
-        log.say('held: ' + ', '.join(f'{k} {size[k] / 1e6:.2f} MB' for k in ('weights', 'optimizer', 'gradients')))
-        log.say('bytes a weight in the block linears: ' + ', '.join(f'{k} {v:.2f}' for k, v in each.items())
-                + f'; weights and optimizer together {each["weights"] + each["optimizer"]:.2f}')
-        levels = shares(self.raw)
+        size, levels = held(self.raw, self.optimizer), shares(self.raw)
+        each, mega = size['linear'], {k: f'{size[k] / 1e6:.1f} MB' for k in size if k != 'linear'}
+        log.say('held: ' + ', '.join(f'{k} {v}' for k, v in mega.items()))
+        log.say('bytes a weight of the blocks: '
+                + ', '.join(f'{k} {v:.2f}' for k, v in each.items())
+                + f'; weights + optimizer {each["weights"] + each["optimizer"]:.2f}')
         if levels:
-            log.say('share of codes: ' + ', '.join(f'{level}: {share:.3f}' for level, share in levels.items()))
-        log.say(f'{tokens / self.seconds:.0f} tokens/s, {self.seconds:.0f} s of training')
-        log.line(done=True, iter=self.step, **result, bytes=size, levels=levels, seconds=self.seconds,
-                 health=self.health())
+            log.say('share of codes: ' + ', '.join(f'{k}: {v:.3f}' for k, v in levels.items()))
+        rate = self.config.max_iters * self.tokens / self.seconds
+        log.say(f'{rate:.0f} tokens/s, {self.seconds:.0f} s of training')
+        log.line(done=True, iter=self.step, **result, bytes=size, levels=levels,
+                 seconds=self.seconds, health=self.health())
         self.save()
 
 
@@ -593,7 +612,8 @@ def main(argv):
     config = parse(argv)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
-        dist.init_process_group('nccl' if torch.cuda.is_available() and config.device in ('auto', 'cuda') else 'gloo')
+        gpu = torch.cuda.is_available() and config.device in ('auto', 'cuda')
+        dist.init_process_group('nccl' if gpu else 'gloo')
     try:
         run = Run(config, rank, world)
         for s in (signal.SIGINT, signal.SIGTERM):

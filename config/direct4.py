@@ -4,4 +4,5 @@ activations = 'int8/row'
 adam_m = 'int8/row'
 adam_v = 'factored'
 code_lr = 0.03
-scale_lr = 0.01
+threshold = 0.0
+beta2 = 0.999

@@ -1,7 +1,7 @@
 """
 The numbers of the README: python -m experiments.core [tune|main|small|table] [--jobs=2]
 
-    tune    learning rates of BitNet, step sizes and gains of direct ternary training, 600 steps each
+    tune    what the step sizes of BitNet and of direct ternary training were chosen by
     main    config/ternary.py, its frozen-random control, config/bitnet.py and config/baseline.py as they are
     small   every strategy on a small model, 3 seeds where one is compared closely
     table   prints what is in experiments/results/core.jsonl, trains nothing
@@ -16,7 +16,7 @@ from experiments.runs import RESULTS, read, run_all
 
 PATH = RESULTS / 'core.jsonl'
 
-# the control: codes never move, scales, embeddings and norms learn as ever
+# the control: rounded to nearest, small steps never move a code; the rest learns as ever
 FROZEN = ['config/ternary.py', '--master=ternary/row/absmean', '--code_lr=1e-6']
 MAIN = {'ternary': ['config/ternary.py'], 'bitnet': ['config/bitnet.py'], 'frozen': FROZEN,
         'baseline': ['config/baseline.py']}
@@ -28,12 +28,23 @@ OTHERS = ['w4', 'a4', 'g8', 'w8a8g8', 'adam4', 'kv4', 'bitnet', 'ternary', 'tern
           'everything']
 
 
+# 600 steps each: what config/ternary.py and config/bitnet.py were chosen by
+SHORT = ['--max_iters=600', '--warmup_iters=50', '--eval_interval=10000']
+TUNE = {f'tune bitnet {flags}': ['config/bitnet.py', *flags.split()]
+        for flags in ('--learning_rate=1.5e-3', '--learning_rate=3e-3', '--learning_rate=6e-3',
+                      '--learning_rate=3e-3 --init_gain=0.7')}
+TUNE |= {f'tune ternary {flags}': ['config/ternary.py', *flags.split()]
+         for flags in ('--code_lr=0.05', '--code_lr=0.1', '--code_lr=0.2', '--code_lr=0.4',
+                       '--code_lr=0.1 --init_gain=0.5')}
+
+
 def groups():
     """{group: [(name, arguments of train.py, seed)]}"""
+    tune = [(name, [*args, *SHORT], 1) for name, args in TUNE.items()]
     main = [(name, args, seed) for seed in (1, 2, 3) for name, args in MAIN.items()]
     small = [(f'small {name}', [f'config/{name}.py', *SMALL], seed) for seed in (1, 2, 3)
              for name in CLOSE + OTHERS if name in CLOSE or seed == 1]
-    return {'main': main, 'small': small}
+    return {'tune': tune, 'main': main, 'small': small}
 
 
 def table(results):
