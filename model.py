@@ -222,7 +222,7 @@ class GPT(nn.Module):
             full = caches is not None and caches[0].k.codes.shape[2] == self.block_size
             if caches is None or full:
                 caches = [KVCache(self.config.kv_cache) for _ in self.h]
-                new = idx[:, -(self.block_size // 2):] if full else idx[:, -self.block_size:]
+                new = idx[:, -max(1, self.block_size // 2) if full else -self.block_size:]
             logits = self(new, caches=caches)[:, -1] / max(temperature, 1e-5)   # (B, vocab)
             if top_k:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]

@@ -100,6 +100,11 @@ class Spec:
         return 4 if self.grid in two_bits else 16 if self.grid in four_bits else 256
 
     @property
+    def shared(self):
+        """Do rows share a scale, directly or, in nvfp4, the scale of their scales?"""
+        return self.group in ('tensor', 'column') and self.grid != 'bf16' or self.format == 'nvfp4'
+
+    @property
     def per_byte(self):
         return {3: 5, 4: 4, 16: 2, 256: 1}[self.base]
 
@@ -172,7 +177,11 @@ def noise_key(*numbers):
 def uniform(x, key, start=0):
     """u in [0, 1), one for each element of x: u_i = hash(i + start, key), 24 bits, float32.
 
-    Stateless: neither device nor compilation nor the block of rows that is updated changes it."""
+    Stateless: neither device nor compilation nor the block of rows that is updated changes it.
+    Raises ValueError beyond 2^31 elements, where the index would repeat."""
+    if x.numel() >= 2 ** 31:
+        raise ValueError(f'{x.numel()} elements at once are too many for stochastic rounding; lower '
+                         'batch_size and raise grad_accum')
     i = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
     return ((_mix(_mix(i) ^ key) >> 8) & 0xFFFFFF).float() * 2.0 ** -24
 
@@ -480,9 +489,9 @@ class KVCache:
 
     def __init__(self, how):
         self.how = spec(how)
-        if self.how is not None and self.how.group in ('tensor', 'column'):
-            raise ValueError(f"kv_cache with one scale per {self.how.group} cannot grow token by "
-                             'token; use row or a block size')
+        if self.how is not None and self.how.shared:
+            raise ValueError('kv_cache: scales that tokens share cannot grow token by token; use row '
+                             'or a block size')
         self.k = self.v = None
 
     def append(self, k, v):
@@ -581,8 +590,8 @@ class Slot:
         learned = learn_scale and self.low_bit
         self.s = tuple(torch.zeros_like(layer.scale) for _ in 'mv') if learned else ()
         # rows with scales of their own go a block at a time, as much as fits the cache of a CPU
-        specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor) and q.spec is not None]
-        shared = any(s.group in ('tensor', 'column') or s.format == 'nvfp4' for s in specs)
+        specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor)]
+        shared = any(s is not None and s.shared for s in specs)
         elements = 2 ** 24 if p.is_cuda else 2 ** 17
         self.block = p.shape[0] if shared else max(1, elements // p[0].numel())
 
@@ -620,7 +629,7 @@ class AdamW:
         self.weight_decay, self.code_lr, self.scale_lr = weight_decay, code_lr, scale_lr
         self.threshold, self.ramp, self.seed = threshold, ramp, seed
         self.t, self.momentum, self.noise = 0, 1.0, 0.0
-        self.update = torch.compile(update) if compiled else update
+        self.update = torch.compile(update, dynamic=True) if compiled else update
         layers = {f'{name}.weight': m for name, m in model.named_modules() if isinstance(m, Linear)}
         self.slots = []
         for name, p in model.named_parameters():       # a tied weight comes once, by its first name
@@ -668,7 +677,7 @@ class AdamW:
         p, g, n = slot.p, slot.p.grad, slot.p.shape[0]
         wq, cols = slot.stored(), p.numel() // n
         integer = {'dtype': torch.int32, 'device': p.device}
-        key = torch.tensor(noise_key(self.seed, self.t, slot.key), **integer)
+        key = torch.full((), noise_key(self.seed, self.t, slot.key), **integer)
         if slot.factored:              # the mean of g^2 over rows and columns, without a copy of g
             row, col = slot.v
             row.lerp_(torch.linalg.vector_norm(g, dim=1, keepdim=True) ** 2 / cols, 1 - h.beta2)
@@ -680,7 +689,7 @@ class AdamW:
             v = row[a:b] * col / row.mean().clamp(min=1e-30) if slot.factored else _take(slot.v, a, b, n)
             w, m, v, ds, flips = self.update(
                 _take(wq, a, b, n), g[a:b], _take(slot.m, a, b, n), v, h, key,
-                torch.tensor(a * cols, **integer), code_units)
+                torch.full((), a * cols, **integer), code_units)
             _put(wq._replace(scale=None), w, a, b, n)          # w keeps its scale
             _put(slot.m, m, a, b, n)
             if v is not None:
@@ -756,17 +765,17 @@ def shares(model):
     return {level: n / sum(counts.values()) for level, n in counts.items()}
 
 
-def _damage(x, how, key=0):
+def _damage(x, how, parts=1):
     """What quantizing x does: signal-to-noise in dB (None: exact), shares of zeros and clipped."""
     x = x.float()
-    q = quantize(x, how, key)
+    q = quantize(x, how, parts=parts)
     y = dequantize(q)
     noise = (x - y).square().sum()
     snr = 10 * math.log10(x.square().sum() / noise) if noise > 0 else None
     clipped = 0.0
     if q.zero is None and q.scale is not None:
         most = q.spec.top * _scale(q.scale, q.outer) * (1 + 1e-5)
-        clipped = (_grouped(x, q.spec).abs() > most).float().mean().item()
+        clipped = (_grouped(x, q.spec, parts).abs() > most).float().mean().item()
     return {'snr_db': snr, 'zero': (y == 0).float().mean().item(), 'clipped': clipped}
 
 
@@ -780,7 +789,7 @@ def health(model, *inputs):
         def hook(layer, args):
             entry, how = {}, layer.how
             if how.weights is not None:
-                entry['weights'] = _damage(dequantize(layer.stored()), how.weights)
+                entry['weights'] = _damage(dequantize(layer.stored()), how.weights, how.parts)
             if how.activations is not None:
                 entry['activations'] = _damage(args[0].flatten(0, -2), how.activations)
             entry['levels'] = shares(layer)
@@ -790,9 +799,11 @@ def health(model, *inputs):
     for name, layer in model.named_modules():
         if isinstance(layer, Linear):
             hooks.append(layer.register_forward_pre_hook(look(name)))
+    mode = model.training
     try:
-        model(*inputs)
+        model.eval()(*inputs)
     finally:
+        model.train(mode)
         for hook in hooks:
             hook.remove()
     return report

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -97,14 +98,16 @@ class Config:
 
 # what may differ between a run and its continuation
 RUN_KEYS = {'out_dir', 'overwrite', 'init_from', 'eval_only', 'eval_interval', 'eval_tokens',
-            'log_interval', 'prompt', 'sample_tokens', 'device', 'compile'}
+            'log_interval', 'prompt', 'sample_tokens', 'device', 'compile', 'batch_size', 'grad_accum'}
 
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 def fail(message):
-    raise SystemExit(f'error: {message}')
+    """End the program with one line; under torchrun one process speaks for all."""
+    line = ' '.join(f'error: {message}'.split())
+    raise SystemExit(line if os.environ.get('RANK', '0') == '0' else 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def assign(config, key, node, text, where):
              + (f", did you mean '{near[0]}'?" if near else '; train.py lists them'))
     try:
         value = literal(node)
-    except (ValueError, ZeroDivisionError, OverflowError):
+    except (ValueError, TypeError, ArithmeticError, RecursionError):
         value = text
     kind = types[key]
     if kind is float and type(value) is int:
@@ -155,11 +158,13 @@ def parse(argv):
     """Config files and --key=value flags, in order, to a checked Config."""
     config, names = Config(), []
     for arg in argv:
+        if arg in ('-h', '--help'):
+            raise SystemExit(print(__doc__) or 0)
         if arg.startswith('--') and '=' in arg:
             key, text = arg[2:].split('=', 1)
             try:
                 node = ast.parse(text, mode='eval').body
-            except (SyntaxError, ValueError):
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
                 node = None
             assign(config, key, node, text, f'--{key}')
         elif arg.startswith('-'):
@@ -174,13 +179,13 @@ def parse(argv):
 
 def parse_file(config, path):
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             source = f.read()
         tree = ast.parse(source)
     except (OSError, UnicodeDecodeError) as e:
         fail(f'cannot read config file {path}: {e}')
-    except (SyntaxError, ValueError) as e:
-        fail(f"{path}:{getattr(e, 'lineno', 1)}: not a config file: {e}")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        fail(f"{path}:{getattr(e, 'lineno', None) or 1}: not a config file: {e}")
     for line in tree.body:
         where = f'{path}:{line.lineno}'
         if isinstance(line, ast.Assign) and [type(t) for t in line.targets] == [ast.Name]:
@@ -192,6 +197,9 @@ def parse_file(config, path):
 
 def check(config):
     """Everything that can be said to be wrong before anything is built."""
+    for f in fields(Config):
+        if f.type in (int, float) and not abs(getattr(config, f.name)) < 2 ** 63:
+            fail(f'{f.name} = {getattr(config, f.name)} is not a number one can use')
     for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_iters', 'batch_size',
                 'grad_accum', 'eval_interval', 'eval_tokens', 'log_interval', 'learning_rate',
                 'eps', 'rope_theta'):
@@ -204,6 +212,8 @@ def check(config):
     for key in ('dropout', 'beta1', 'beta2'):
         if not 0 <= getattr(config, key) < 1:
             fail(f'{key} = {getattr(config, key)} must lie in [0, 1)')
+    if config.min_lr > 1:
+        fail(f'min_lr = {config.min_lr} is a fraction of learning_rate: at most 1')
     for key, good in (('compile', ('auto', 'yes', 'no')),
                       ('dtype', ('auto', 'float32', 'bfloat16'))):
         if getattr(config, key) not in good:
@@ -211,13 +221,18 @@ def check(config):
     for key in ('weights', 'activations', 'gradients', 'kv_cache', 'master', 'adam_m', 'adam_v'):
         if (key, getattr(config, key)) != ('adam_v', 'factored'):
             try:
-                spec(getattr(config, key))
+                s = spec(getattr(config, key))
             except ValueError as e:
                 fail(f'{key}: {e}')
+            if s and key != 'adam_v' and s.grid[0] == 'u' and s.sign == 'symmetric':
+                fail(f"{key} = '{getattr(config, key)}' has no negatives: add asymmetric or use int")
     if config.code_lr and (not config.master or spec(config.master).grid == 'bf16'):
         fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
-    if config.sample_tokens:
-        KVCache(config.kv_cache)        # ValueError if the sample at the end could not use it
+    if config.sample_tokens:            # better now than at the end
+        try:
+            KVCache(config.kv_cache)
+        except ValueError as e:
+            fail(f'{e}, or sample_tokens = 0')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,6 +241,8 @@ def check(config):
 def load_data(config, rank):
     """train, val (uint16) and meta of data/<dataset>; corpora without a download are built."""
     root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', config.dataset)
+    if os.path.exists(os.path.join(config.dataset, 'meta.json')):
+        root = config.dataset
     script = os.path.join(root, 'prepare.py')
     path = os.path.join(root, 'meta.json')
     if not os.path.exists(path) and config.dataset in ('python', 'sympy') and rank == 0:
@@ -240,6 +257,10 @@ def load_data(config, rank):
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
+        for key, kinds in (('vocab_size', int), ('train_tokens', int), ('val_tokens', int),
+                           ('bytes_per_token', (int, float)), ('sha256', str)):
+            if not isinstance(meta[key], kinds) or isinstance(meta[key], int) and meta[key] < 1:
+                raise ValueError(f'{key} = {meta[key]!r} in meta.json')
         splits = [read_split(root, split, meta, config.block_size) for split in ('train', 'val')]
     except (OSError, ValueError, KeyError, TypeError) as e:
         fail(f'cannot read the dataset {config.dataset}: {e!r}; run its prepare.py again')
@@ -254,15 +275,23 @@ def read_split(root, split, meta, block_size):
              'vocabulary; run its prepare.py again')
     if tokens <= block_size:
         fail(f'{name} has {tokens} tokens, not more than block_size = {block_size}')
-    return np.fromfile(name, '<u2') if size < 100e6 else np.memmap(name, '<u2', mode='r')
+    if size > 100e6:
+        return np.memmap(name, '<u2', mode='r')
+    data = np.fromfile(name, '<u2')
+    check_ids(data, meta['vocab_size'])
+    return data
+
+
+def check_ids(ids, vocab_size):
+    if ids.max() >= vocab_size:
+        fail(f'the data has token id {ids.max()}, beyond its vocabulary of {vocab_size}; run its '
+             'prepare.py again')
 
 
 def to_batch(data, starts, T, vocab_size, device):
     """x, y (B, T) from the windows that begin at `starts`; y is x one token on."""
     window = np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64)
-    if window.max() >= vocab_size:
-        fail(f'the data has token id {window.max()}, beyond the vocabulary of {vocab_size}; run '
-             'its prepare.py again')
+    check_ids(window, vocab_size)       # a file too large to look through might hold anything
     window = torch.from_numpy(window)
     if device.type == 'cuda':
         window = window.pin_memory().to(device, non_blocking=True)
@@ -285,26 +314,35 @@ def window_starts(config, step, n_tokens, world):
 
 def save(path, checkpoint):
     """Write beside, then rename: whenever it is interrupted, `path` holds a whole checkpoint."""
-    with open(path + '.tmp', 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:        # RuntimeError is what torch makes of a full disk
+        fail(f'could not save {path}, which is still what it was before: {e}')
     os.replace(path + '.tmp', path)
 
 
 def load(path):
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         fail(f'no checkpoint {path}')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        checkpoint['config'], checkpoint['model'], checkpoint['iter']
+        Config(**checkpoint['config'])
+        assert checkpoint['iter'] >= 0 and checkpoint['tokens'] > 0 and checkpoint['seconds'] >= 0
+        assert checkpoint['model'].keys() and checkpoint['optimizer']['slots'].keys()
+        assert isinstance(checkpoint['sha256'], str) and isinstance(checkpoint['losses'], list)
         return checkpoint
-    except Exception as e:              # a damaged file raises anything at all
+    except Exception as e:              # a damaged or foreign file raises anything at all
         fail(f'{path} is not a whole checkpoint of this program ({type(e).__name__}); use another')
 
 
 def load_weights(model, config, checkpoint, path):
     """Put a checkpoint's weights into a fresh model, which leaves as config.master says."""
+    for key in ('flavour', 'n_head', 'rope_theta'):         # what the shapes do not show
+        if checkpoint['config'][key] != getattr(config, key):
+            fail(f"{path} has {key} = {checkpoint['config'][key]}, not {getattr(config, key)}")
     master = checkpoint['config']['master']
     if master not in ('', config.master):
         fail(f"{path} stores its weights as '{master}' and has no others: use --master={master}")
@@ -328,9 +366,11 @@ def pick_device(config, local_rank):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
         device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         fail(f"device '{name}' is not there ({str(e).splitlines()[0]}); use --device=auto")
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     return device
 
 
@@ -369,9 +409,13 @@ def build(config, checkpoint, vocab_size, device):
     return model
 
 
-def open_run(config, rank):
-    """The checkpoint to start from, or None. Never touches a run that is there unless told to."""
-    ckpt, log = (os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'log.jsonl'))
+def run_files(config):
+    return [os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'log.jsonl')]
+
+
+def open_run(config):
+    """The checkpoint to start from, or None; fails if another run is in the way. Writes nothing."""
+    ckpt, log = run_files(config)
     if config.init_from == 'resume':
         checkpoint = load(ckpt)
         for key, old in checkpoint['config'].items():
@@ -379,26 +423,32 @@ def open_run(config, rank):
                 fail(f'{ckpt} was trained with {key} = {old!r}, not {getattr(config, key)!r}; to '
                      'go on, give the same; for a new run from its weights, --init_from=PATH')
         return checkpoint
-    if not config.eval_only and (os.path.exists(ckpt) or os.path.exists(log)):
-        if not config.overwrite:
+    if not (config.eval_only or config.overwrite):
+        if os.path.exists(ckpt):
             fail(f'{config.out_dir} holds a run: go on with --init_from=resume, choose another '
                  '--out_dir, or throw it away with --overwrite=True')
-        if rank == 0:
-            for path in (ckpt, log):
-                os.path.exists(path) and os.remove(path)
+        if os.path.exists(log):
+            fail(f'{config.out_dir} holds the log of a run that saved no checkpoint: throw it away '
+                 'with --overwrite=True, or choose another --out_dir')
+    if config.eval_only and config.init_from == 'scratch':
+        fail('eval_only needs weights: --init_from=resume or the path of a checkpoint')
     return load(config.init_from) if config.init_from not in ('scratch', *GPT2) else None
 
 
 def cut_log(path, step):
     """Drop what a run logged after the checkpoint it resumes from, and a half-written last line."""
-    if not os.path.exists(path):
-        return
-    with open(path, encoding='utf-8') as f:
-        lines = f.read().splitlines(keepends=True)
-    entries = [(line, json.loads(line)) for line in lines if line.endswith('\n')]
-    keep = [line for line, entry in entries if entry.get('iter', 0) <= step and 'done' not in entry]
-    with open(path, 'w', encoding='utf-8') as f:
+    keep = []
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                entry = json.loads(line)
+                if entry.get('iter', 0) <= step and 'done' not in entry:
+                    keep.append(line)
+            except (ValueError, AttributeError, TypeError):
+                continue
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.writelines(keep)
+    os.replace(path + '.tmp', path)
 
 
 class Log:
@@ -415,7 +465,7 @@ class Log:
 
     def line(self, **entry):
         if self.file:
-            self.file.write(json.dumps(entry) + '\n')
+            self.file.write(json.dumps(entry, allow_nan=False) + '\n')
             self.file.flush()
 
 
@@ -424,7 +474,7 @@ class Run:
 
     def __init__(self, config, rank, world):
         self.config, self.rank, self.world = config, rank, world
-        checkpoint = open_run(config, rank)
+        checkpoint = open_run(config)
         self.device = pick_device(config, int(os.environ.get('LOCAL_RANK', 0)))
         self.train_data, self.val_data, self.meta = load_data(config, rank)
         resuming = config.init_from == 'resume'
@@ -441,20 +491,30 @@ class Run:
             self.raw, config.learning_rate, (config.beta1, config.beta2), config.eps,
             config.weight_decay, config.adam_m, config.adam_v, config.code_lr, config.scale_lr,
             config.threshold, config.ramp, config.seed, compiled)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.losses = 0, 0.0, []           # losses since the last log line
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         if resuming:
+            if checkpoint['tokens'] != self.tokens:
+                fail(f"the checkpoint was trained with {checkpoint['tokens']} tokens a step, not "
+                     f'{self.tokens}: processes x grad_accum x batch_size must stay the same')
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.step, self.seconds = checkpoint['iter'], checkpoint['seconds']
+            self.losses = checkpoint['losses']
+        self.encoding = encoding(self.meta)         # now, not after hours of training
         self.start_log(resuming)
 
     def start_log(self, resuming):
-        config, path = self.config, os.path.join(self.config.out_dir, 'log.jsonl')
+        """Open the log; with everything built and checked, an old run may go if it must."""
+        config, (ckpt, path) = self.config, run_files(self.config)
         if config.eval_only:
             path = None
         elif self.rank == 0:
             os.makedirs(config.out_dir, exist_ok=True)
-            cut_log(path, self.step)
+            if resuming and os.path.exists(path):
+                cut_log(path, self.step)
+            for file in () if resuming else (ckpt, path):
+                if os.path.exists(file):
+                    os.remove(file)
         self.log = Log(path, self.rank)
         gpu = self.device.type == 'cuda'
         versions = {
@@ -475,6 +535,7 @@ class Run:
         n = max(1, min(most // T, (len(data) - 1) // T))
         starts = np.linspace(0, len(data) - 1 - T, n).astype(np.int64)
         total = torch.zeros(2, dtype=torch.float64)
+        self.raw.set_noise(self.config.seed, self.step, -1 - self.rank)
         self.model.eval()
         for i in range(self.rank * B, n, self.world * B):
             x, y = to_batch(data, starts[i:i + B], T, self.vocab_size, self.device)
@@ -484,14 +545,18 @@ class Run:
             total = total.to(self.device)
             dist.all_reduce(total)
         loss = (total[0] / total[1]).item()
+        self.check_finite(loss, 'val loss')
         return {'val_loss': loss, 'val_bpb': loss / math.log(2) / self.meta['bytes_per_token']}
 
     def save(self):
+        weights = self.raw.state_dict()
+        norms = [t.float().norm().item() for t in weights.values() if t.is_floating_point()]
+        self.check_finite(sum(norms), 'norm of the weights')
         if self.rank == 0:
-            save(os.path.join(self.config.out_dir, 'ckpt.pt'),
+            save(run_files(self.config)[0],
                  {'config': asdict(self.config), 'sha256': self.meta['sha256'], 'iter': self.step,
-                  'seconds': self.seconds, 'model': self.raw.state_dict(),
-                  'optimizer': self.optimizer.state_dict()})
+                  'tokens': self.tokens, 'seconds': self.seconds, 'losses': self.losses,
+                  'model': weights, 'optimizer': self.optimizer.state_dict()})
 
     def health(self):
         x, _ = to_batch(self.val_data, [0], self.config.block_size, self.vocab_size, self.device)
@@ -529,53 +594,57 @@ class Run:
 
     def advance(self):
         """One optimizer step; returns what to log of it and whether to stop."""
-        config = self.config
         loss, stop = self.gradients()
-        if not math.isfinite(loss):
-            kept = os.path.join(config.out_dir, 'ckpt.pt')
-            fail(f'the loss is {loss} at step {self.step}: lower learning_rate or use more bits'
-                 + (f'; {kept} is the last checkpoint' if os.path.exists(kept) else ''))
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip)
-        self.optimizer.step(schedule(config, self.step))
+        limit = self.config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), limit).item()
+        self.check_finite(loss, 'loss')
+        self.check_finite(norm, 'norm of the gradient')
+        self.optimizer.step(schedule(self.config, self.step))
         self.step += 1
         return loss, stop
+
+    def check_finite(self, value, name):
+        if not math.isfinite(value):
+            ckpt, _ = run_files(self.config)
+            fail(f'the {name} is {value} at step {self.step}: lower learning_rate or use more bits'
+                 + (f'; {ckpt} is the last good checkpoint' if os.path.exists(ckpt) else ''))
 
     def train(self):
         config = self.config
         bar = tqdm(total=config.max_iters, initial=self.step, unit='step',
                    disable=None if self.rank == 0 else True)         # None: only on a terminal
-        losses, busy = [], 0.0                                       # since the last log line
+        busy, first = 0.0, len(self.losses)                          # since the last log line
         self.model.train()
         while self.step < config.max_iters:
             began = time.perf_counter()
             loss, stop = self.advance()
-            losses.append(loss)
+            self.losses.append(loss)
             busy += time.perf_counter() - began
             self.seconds += time.perf_counter() - began
             bar.update()
             if self.step % config.log_interval == 0:
-                loss, rate = sum(losses) / len(losses), len(losses) * self.tokens / busy
+                loss = sum(self.losses) / len(self.losses)
+                rate = (len(self.losses) - first) * self.tokens / busy
                 flips = {'flips': self.optimizer.flips()} if config.master else {}
                 self.log.line(iter=self.step, train_loss=loss, tokens_per_s=rate, **flips)
                 bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
                 if bar.disable and self.step % (10 * config.log_interval) == 0:
                     self.log.say(f'step {self.step} of {config.max_iters}: loss {loss:.4f}, '
                                  f'{rate:.0f} tokens/s')
-                losses, busy = [], 0.0
+                self.losses, busy, first = [], 0.0, 0
+            if self.step % config.eval_interval == 0 or self.step == config.max_iters:
+                self.check_up()
             if stop:
                 self.save()
                 bar.close()
                 self.log.say(f'saved after step {self.step}; to go on, give the same command with '
                              '--init_from=resume')
                 raise SystemExit(130)
-            if self.step % config.eval_interval == 0 and self.step < config.max_iters:
-                self.check_up()
         bar.close()
 
     def sample(self):
         """The prompt and what the model makes of it, as text."""
-        config, enc = self.config, encoding(self.meta)
+        config, enc = self.config, self.encoding
         idx = torch.tensor([enc.encode_ordinary(config.prompt) or [0]], device=self.device)
         generator = torch.Generator(self.device).manual_seed(config.seed)
         self.raw.eval()
@@ -584,13 +653,15 @@ class Run:
 
     def finish(self):
         """The last evaluation, over all of val up to 2^22 tokens, a sample, and a summary."""
-        log, result = self.log, self.evaluate(2 ** 22)
+        log, size, levels = self.log, held(self.raw, self.optimizer), shares(self.raw)
+        result = self.evaluate(2 ** 22)
+        log.line(done=True, iter=self.step, **result, bytes=size, levels=levels,
+                 seconds=self.seconds, health=self.health())
         if self.config.sample_tokens:
             log.say(f'--- sample ---\n{self.sample()}\n--------------')
         log.say(f'val loss {result["val_loss"]:.4f} nats/token, {result["val_bpb"]:.4f} bits/byte')
         if self.config.eval_only:
             return
-        size, levels = held(self.raw, self.optimizer), shares(self.raw)
         each, mega = size['linear'], {k: f'{size[k] / 1e6:.1f} MB' for k in size if k != 'linear'}
         log.say('held: ' + ', '.join(f'{k} {v}' for k, v in mega.items()))
         log.say('bytes a weight of the blocks: '
@@ -600,33 +671,52 @@ class Run:
             log.say('share of codes: ' + ', '.join(f'{k}: {v:.3f}' for k, v in levels.items()))
         rate = self.config.max_iters * self.tokens / self.seconds
         log.say(f'{rate:.0f} tokens/s, {self.seconds:.0f} s of training')
-        log.line(done=True, iter=self.step, **result, bytes=size, levels=levels,
-                 seconds=self.seconds, health=self.health())
-        self.save()
 
 
-stopping = []       # Ctrl-C and SIGTERM put something in; the step in progress is finished first
+stopping = []       # signals that came while a step was in progress
+
+
+@contextmanager
+def finishing_steps():
+    """Within, the first Ctrl-C or SIGTERM only leaves a note: the step is finished and saved first."""
+    def note(number, _):
+        if stopping:
+            raise KeyboardInterrupt
+        stopping.append(number)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def main(argv):
     config = parse(argv)
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1:
-        gpu = torch.cuda.is_available() and config.device in ('auto', 'cuda')
-        dist.init_process_group('nccl' if gpu else 'gloo')
     try:
-        run = Run(config, rank, world)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, lambda *_: stopping.append(1))
-        if not config.eval_only:
-            run.train()
-        run.finish()
-    except ValueError as e:             # a Spec or a shape that does not fit the model
-        fail(e)
-    finally:
+        rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         if world > 1:
+            gpu = torch.cuda.is_available() and config.device in ('auto', 'cuda')
+            dist.init_process_group('nccl' if gpu else 'gloo')
+        run = Run(config, rank, world)
+        if not config.eval_only:
+            with finishing_steps():
+                run.train()
+        run.finish()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError, MemoryError) as e:     # what does not fit, cannot be read or written
+        fail(e)
+    except RuntimeError as e:
+        if 'memory' not in str(e):
+            raise
+        fail(f'out of memory: lower batch_size and raise grad_accum ({str(e).splitlines()[0]})')
+    finally:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')            # a terminal need not know every character
     main(sys.argv[1:])

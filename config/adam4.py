@@ -1,3 +1,3 @@
 # paper 1 (2407.11722): 4-bit AdamW states, one byte for m and v together
-adam_m = 'int4/128/sqrt'
-adam_v = 'uint4/128/root4'
+adam_m = 'int4/64/sqrt'
+adam_v = 'uint4/64/root4'

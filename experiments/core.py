@@ -30,17 +30,16 @@ OTHERS = ['w4', 'a4', 'g8', 'w8a8g8', 'adam4', 'kv4', 'bitnet', 'ternary', 'tern
 
 # 600 steps each: what config/ternary.py and config/bitnet.py were chosen by
 SHORT = ['--max_iters=600', '--warmup_iters=50', '--eval_interval=10000']
-TUNE = {f'tune bitnet {flags}': ['config/bitnet.py', *flags.split()]
-        for flags in ('--learning_rate=1.5e-3', '--learning_rate=3e-3', '--learning_rate=6e-3',
-                      '--learning_rate=3e-3 --init_gain=0.7')}
-TUNE |= {f'tune ternary {flags}': ['config/ternary.py', *flags.split()]
-         for flags in ('--code_lr=0.05', '--code_lr=0.1', '--code_lr=0.2', '--code_lr=0.4',
-                       '--code_lr=0.1 --init_gain=0.5')}
+TUNE = [('bitnet', '--learning_rate=1.5e-3'), ('bitnet', '--learning_rate=3e-3'),
+        ('bitnet', '--learning_rate=6e-3'), ('bitnet', '--learning_rate=3e-3 --init_gain=.7'),
+        ('ternary', '--code_lr=.05'), ('ternary', '--code_lr=.1'), ('ternary', '--code_lr=.2'),
+        ('ternary', '--code_lr=.4'), ('ternary', '--code_lr=.1 --init_gain=.5')]
 
 
 def groups():
     """{group: [(name, arguments of train.py, seed)]}"""
-    tune = [(name, [*args, *SHORT], 1) for name, args in TUNE.items()]
+    tune = [(f'tune {name} {flags}', [f'config/{name}.py', *SHORT, *flags.split()], 1)
+            for name, flags in TUNE]
     main = [(name, args, seed) for seed in (1, 2, 3) for name, args in MAIN.items()]
     small = [(f'small {name}', [f'config/{name}.py', *SMALL], seed) for seed in (1, 2, 3)
              for name in CLOSE + OTHERS if name in CLOSE or seed == 1]
