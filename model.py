@@ -1,7 +1,7 @@
 """
 A GPT in two flavours, chosen by `config.flavour`:
 
-    gpt2    learned positions, LayerNorm, GELU, optional biases (Radford et al. 2019, as in nanoGPT)
+    gpt2    learned positions, LayerNorm, GELU, optional biases (Radford et al. 2019)
     llama   rotary positions on interleaved pairs, RMSNorm, SwiGLU, no biases (Touvron et al.,
             arXiv 2302.13971)
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.kv_cache = config.n_head, spec(config.kv_cache)
         head = torch.zeros(1, config.n_embd // config.n_head)
-        quantize(head, self.kv_cache)                 # ValueError now if a block does not divide it
+        quantize(head, self.kv_cache)                   # ValueError now if a block does not divide
         self.c_attn = linear(config, config.n_embd, 3 * config.n_embd, parts=3)
         self.c_proj = linear(config, config.n_embd, config.n_embd)
         self.dropout = config.dropout
@@ -65,7 +65,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)                                   # all tokens so far
         elif self.kv_cache:
             k, v = StraightThrough.apply(k, self.kv_cache), StraightThrough.apply(v, self.kv_cache)
-        # a query at position t sees the keys up to t; with a cache there are more keys than queries
+        # a query at t sees the keys up to t; with a cache there are more keys than queries
         mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T) \
             if T < k.shape[2] else None
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
@@ -146,8 +146,9 @@ class GPT(nn.Module):
             if isinstance(layer, Linear):
                 gain = self.config.init_gain
                 std = gain / math.sqrt(layer.weight.shape[1]) if gain else 0.02
-                last = name.endswith('c_proj') and not gain
-                nn.init.normal_(layer.weight, std=std / math.sqrt(2 * len(self.h)) if last else std)
+                if name.endswith('c_proj') and not gain:
+                    std = std / math.sqrt(2 * len(self.h))
+                nn.init.normal_(layer.weight, std=std)
 
     @classmethod
     def from_pretrained(cls, config, vocab_size, name='gpt2'):
@@ -160,7 +161,7 @@ class GPT(nn.Module):
         n_layer, n_head, n_embd = hf.config.n_layer, hf.config.n_head, hf.config.n_embd
         shape = {'flavour': 'gpt2', 'bias': True, 'n_layer': n_layer, 'n_head': n_head,
                  'n_embd': n_embd, 'hidden': 0}
-        wrong = [f'{key} = {value}' for key, value in shape.items() if getattr(config, key) != value]
+        wrong = [f'{k} = {v}' for k, v in shape.items() if getattr(config, k) != v]
         most = hf.config.n_positions
         if wrong or config.block_size > most or vocab_size < hf.config.vocab_size:
             raise ValueError(f'{name} needs ' + ', '.join(wrong + [f'block_size up to {most}'])

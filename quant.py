@@ -49,7 +49,7 @@ FLOATS = {  # grid: (mantissa bits, smallest exponent, largest value, dtype of t
     'fp8e5': (2, -14, 57344.0, torch.float8_e5m2),
     'bf16': (7, -119, torch.finfo(torch.bfloat16).max, torch.bfloat16),   # has no scale
 }
-FORMATS = {'nvfp4': 16, 'mxfp4': 32}  # a word for fp4 in blocks of so many, with scales of few bits
+FORMATS = {'nvfp4': 16, 'mxfp4': 32}  # words for fp4 in blocks of so many, with small scales
 WORDS = {  # field of Spec: its words; a block size, any number, is the other kind of group
     'grid': [*INTEGERS, *FLOATS], 'group': ['tensor', 'row', 'column'],
     'scale': ['absmax', 'absmean'], 'rounding': ['nearest', 'stochastic'],
@@ -93,7 +93,7 @@ class Spec:
 
     @property
     def base(self):
-        """Number of values of a packed code: 3, 4, 16, or 256 where a code takes a byte or more."""
+        """Number of values of a packed code: 3, 4, 16, or 256 if a code takes a byte or more."""
         if self.packing == 'trits':
             return 3
         two_bits, four_bits = ('ternary', 'int2'), ('int3', 'int4', 'uint4', 'fp4')
@@ -180,8 +180,8 @@ def uniform(x, key, start=0):
     Stateless: neither device nor compilation nor the block of rows that is updated changes it.
     Raises ValueError beyond 2^31 elements, where the index would repeat."""
     if x.numel() >= 2 ** 31:
-        raise ValueError(f'{x.numel()} elements at once are too many for stochastic rounding; lower '
-                         'batch_size and raise grad_accum')
+        raise ValueError(f'{x.numel()} elements at once are too many for stochastic rounding; '
+                         'lower batch_size and raise grad_accum')
     i = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
     return ((_mix(_mix(i) ^ key) >> 8) & 0xFFFFFF).float() * 2.0 ** -24
 
@@ -200,7 +200,7 @@ class QTensor(NamedTuple):
 
 
 def _grouped(x, s, parts=1):
-    """View x with the values that share a scale along the last axis (a column: along the first)."""
+    """View x with what shares a scale along the last axis (a column: along the first)."""
     if isinstance(s.group, int):
         if x.shape[-1] % s.group:
             raise ValueError(f'blocks of {s.group} do not divide a last axis of {x.shape[-1]}; '
@@ -235,7 +235,7 @@ def _round(y, s, key, start):
         return (y * spacing).clamp(-top, top)
     low, high = INTEGERS[s.grid]
     c = y if s.map == 'linear' else y.sign() * y.abs() ** (0.5 if s.map == 'sqrt' else 0.25)
-    if stochastic or s.map == 'sqrt':              # up by chance, so that E = y, or past the middle
+    if stochastic or s.map == 'sqrt':              # up by chance, with E = y, or past the middle
         c = c.floor()
         below = _levels(c, s)
         c = c + ((u if stochastic else 0.5) < (y - below) / (_levels(c + 1, s) - below))
@@ -289,7 +289,7 @@ def _scales(x, s, parts=1):
         return scale, (least / scale - low).round(), None
     size = x.abs()
     size = size.amax(axis, keepdim=True) if s.scale == 'absmax' else size.mean(axis, keepdim=True)
-    if s.format == 'nvfp4':                        # e4m3 scales, the smallest 2^-9, under a float32 one
+    if s.format == 'nvfp4':                        # e4m3 goes from 2^-9 to 448
         outer = size.amax() / (s.top * FLOATS['fp8'][2])
         outer = torch.where(outer == 0, 1.0, outer)
         return (size / s.top / outer).clamp(min=2.0 ** -9).to(torch.float8_e4m3fn), None, outer
@@ -299,15 +299,15 @@ def _scales(x, s, parts=1):
     return size / s.top, None, None
 
 
-def _scale(scale, outer):
+def _real_scale(scale, outer):
     return scale.float() if outer is None else scale.float() * outer
 
 
 def quantize(x, how, key=0, scale=None, parts=1, start=0):
-    """q = clip(round(x / s), Qn, Qp): the codes and scales of x, computed in float32, as a QTensor.
+    """q = clip(round(x / s), Qn, Qp): codes and scales of x, computed in float32, as a QTensor.
 
     x      any shape (..., C); `how` is a Spec, its string, or None, which stores x as it is
-    key    int or int32 tensor: the noise of stochastic rounding; `start` is the index of x[0] in it
+    key    int or int32 tensor, the noise of stochastic rounding; `start` is x[0]'s index in it
     scale  use this one, of the shape that a computed one would have
     parts  so many equal slices of the first axis count as tensors of their own (q, k and v)
     Raises ValueError when a block does not divide C.
@@ -319,7 +319,7 @@ def quantize(x, how, key=0, scale=None, parts=1, start=0):
     if s.grid == 'bf16':
         return QTensor(pack(_round(x, s, key, start), s), spec=s, cols=x.shape[-1])
     scale, zero, outer = _scales(x, s, parts) if scale is None else (scale, None, None)
-    y = _grouped(x, s, parts) / _scale(scale, outer)
+    y = _grouped(x, s, parts) / _real_scale(scale, outer)
     y = y if zero is None else y - zero
     codes = pack(_round(y, s, key, start).reshape(x.shape), s)
     return QTensor(codes, scale, zero, outer, s, x.shape[-1])
@@ -332,7 +332,7 @@ def dequantize(q, dtype=torch.float32):
     y = _levels(unpack(q.codes, q.spec, q.cols), q.spec)
     x = _grouped(y, q.spec, q.scale.shape[0])
     x = x if q.zero is None else x + q.zero
-    return (x * _scale(q.scale, q.outer)).to(dtype).view(y.shape)
+    return (x * _real_scale(q.scale, q.outer)).to(dtype).view(y.shape)
 
 
 def fake_quant(x, how, key=0, parts=1):
@@ -425,8 +425,8 @@ class Linear(nn.Module):
                                   ('backward', backward, ('ste', 'full'))):
             if value not in good:
                 raise ValueError(f"{name} = '{value}': use one of {', '.join(good)}")
-        self.how = Recipe(spec(weights), spec(activations), spec(gradients), gradients_in, backward,
-                          parts)
+        self.how = Recipe(spec(weights), spec(activations), spec(gradients),
+                          gradients_in, backward, parts)
         for s, n in ((self.how.weights, n_in), (self.how.activations, n_in),
                      (self.how.gradients, n_out // parts)):
             quantize(torch.zeros(1, n), s)          # ValueError now if a block does not divide
@@ -451,8 +451,8 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def store_(self, master):
-        """Keep only codes: q = clip(round(w / s), Qn, Qp). s comes from w as it is now and is fixed
-        from then on, or learned, but not computed again: absmean of a ternary w would shrink.
+        """Keep only codes: q = clip(round(w / s), Qn, Qp). s comes from w as it is now and from
+        then on is fixed, or learned, but not computed again: absmean of a ternary w would shrink.
 
         autograd still wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
         expanded to that shape, in four bytes of memory. Call this on the device where it stays."""
@@ -484,18 +484,18 @@ class Linear(nn.Module):
 class KVCache:
     """The keys and values of one layer during generation, stored quantized; (B, nh, T, hs) each.
 
-    Every token is quantized once, when it arrives, so its scales must be its own: row (one for each
-    head and token) or blocks within the head. Raises ValueError otherwise."""
+    Every token is quantized once, when it arrives, so its scales must be its own: row (one for
+    each head and token) or blocks within the head. Raises ValueError otherwise."""
 
     def __init__(self, how):
         self.how = spec(how)
         if self.how is not None and self.how.shared:
-            raise ValueError('kv_cache: scales that tokens share cannot grow token by token; use row '
-                             'or a block size')
+            raise ValueError('kv_cache: scales that tokens share cannot grow token by token; use '
+                             'row or a block size')
         self.k = self.v = None
 
     def append(self, k, v):
-        """Store k, v of new tokens; return all keys and values so far, dequantized to k's dtype."""
+        """Store k, v of new tokens; return all keys and values so far, dequantized."""
         self.k = self._extend(self.k, quantize(k, self.how))
         self.v = self._extend(self.v, quantize(v, self.how))
         return dequantize(self.k, k.dtype), dequantize(self.v, v.dtype)
@@ -512,7 +512,7 @@ class KVCache:
 # the optimizer: quantized states, low-bit masters, direct ternary updates
 
 class Hyper(NamedTuple):
-    """The numbers of one step, 0-d tensors: compiled code need not be compiled again for others."""
+    """The numbers of one step, 0-d tensors: compiled code is not compiled again for others."""
     lr: torch.Tensor       # in the unit of w, or in code units where `update` is told so
     decay: torch.Tensor    # decoupled weight decay, learning rate included
     beta1: torch.Tensor
@@ -538,8 +538,8 @@ def update(wq, g, mq, vq, h, key, start, code_units):
 
         q <- clip(SR(q - lr r), -1, 1): a code moves a level against r with probability lr |r|
 
-    A plain tensor for v is finished already (factored) and is not stored again. Returns the new w,
-    m and v, dL/d log s = sum g w over what shares a scale (or None), and how many codes changed."""
+    A plain tensor for v is finished already (factored) and is not stored again. Returns new w, m
+    and v, dL/d log s = sum g w over what shares a scale (or None), and how many codes changed."""
     w, g = dequantize(wq), g.float()
     m = h.beta1 * dequantize(mq) + (1 - h.beta1) * g
     factored = isinstance(vq, torch.Tensor)
@@ -630,9 +630,10 @@ class AdamW:
         self.threshold, self.ramp, self.seed = threshold, ramp, seed
         self.t, self.momentum, self.noise = 0, 1.0, 0.0
         self.update = torch.compile(update, dynamic=True) if compiled else update
-        layers = {f'{name}.weight': m for name, m in model.named_modules() if isinstance(m, Linear)}
+        modules = model.named_modules()
+        layers = {f'{name}.weight': m for name, m in modules if isinstance(m, Linear)}
         self.slots = []
-        for name, p in model.named_parameters():       # a tied weight comes once, by its first name
+        for name, p in model.named_parameters():       # a tied weight comes once, by one name
             layer = layers.get(name)
             m, v = ('', '') if layer is None else (adam_m, adam_v)
             self.slots.append(Slot(name, p, layer, m, v, code_lr > 0 and scale_lr > 0))
@@ -643,7 +644,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, scale=1.0):
-        """One step from every parameter's .grad; `scale` in [0, 1] is the schedule of all rates."""
+        """One step from the .grad of all parameters; `scale` in [0, 1] is the schedule."""
         self.t += 1
         lr, decay, beta1 = scale * self.learning_rate, self.weight_decay, self.betas[0]
         bias1 = 1 - beta1 ** self.t
@@ -659,8 +660,8 @@ class AdamW:
                     self._learn_scale(slot, scale * self.scale_lr)
 
     def _direct(self, scale):
-        """The numbers of the direct update. tau counts in the size of r under white noise, the root
-        of the sum of squared weights of the gradients in mhat: N <- beta1^2 N + (1 - beta1)^2."""
+        """The numbers of the direct update. tau counts in the size of r under white noise: the
+        root of N, the sum of squared weights of the gradients in m, over bias1."""
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / self.ramp)) if self.ramp else self.betas[0]
         self.momentum *= beta1
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
@@ -686,7 +687,10 @@ class AdamW:
         slot.ds = torch.zeros_like(slot.layer.scale) if code_units else None
         for a in range(0, n, slot.block):
             b = min(a + slot.block, n)
-            v = row[a:b] * col / row.mean().clamp(min=1e-30) if slot.factored else _take(slot.v, a, b, n)
+            if slot.factored:
+                v = row[a:b] * col / row.mean().clamp(min=1e-30)
+            else:
+                v = _take(slot.v, a, b, n)
             w, m, v, ds, flips = self.update(
                 _take(wq, a, b, n), g[a:b], _take(slot.m, a, b, n), v, h, key,
                 torch.full((), a * cols, **integer), code_units)
@@ -718,7 +722,7 @@ class AdamW:
                 'slots': {slot.name: slot.tensors() for slot in self.slots}}
 
     def load_state_dict(self, state):
-        """Copy a state in. Raises ValueError if it is of another model or stored in another way."""
+        """Copy a state in. Raises ValueError if it is of another model or stored otherwise."""
         if state['slots'].keys() != {slot.name for slot in self.slots}:
             raise ValueError('the optimizer state is of another model')
         for slot in self.slots:
@@ -774,15 +778,15 @@ def _damage(x, how, parts=1):
     snr = 10 * math.log10(x.square().sum() / noise) if noise > 0 else None
     clipped = 0.0
     if q.zero is None and q.scale is not None:
-        most = q.spec.top * _scale(q.scale, q.outer) * (1 + 1e-5)
+        most = q.spec.top * _real_scale(q.scale, q.outer) * (1 + 1e-5)
         clipped = (_grouped(x, q.spec, parts).abs() > most).float().mean().item()
     return {'snr_db': snr, 'zero': (y == 0).float().mean().item(), 'clipped': clipped}
 
 
 @torch.no_grad()
 def health(model, *inputs):
-    """Of each Linear, on one batch: what its Specs do to its weight and input, and how the codes of
-    a low-bit master share the levels. {layer: {'weights', 'activations', 'levels'}}."""
+    """Of each Linear, on one batch: what its Specs do to weight and input, and how the codes of a
+    low-bit master share the levels. {layer: {'weights', 'activations', 'levels'}}."""
     report, hooks = {}, []
 
     def look(name):

@@ -53,7 +53,7 @@ class Config:
     activations: str = ''        # their inputs
     gradients: str = ''          # gradients of their outputs,
     gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
-    backward: str = 'ste'        # the backward sees quantized x and w (ste) or the full ones (full)
+    backward: str = 'ste'        # the backward sees quantized x and w (ste) or full ones (full)
     kv_cache: str = ''           # keys and values
     master: str = ''             # the weights as they are stored between steps
     adam_m: str = ''             # Adam's moments as they are stored
@@ -98,7 +98,8 @@ class Config:
 
 # what may differ between a run and its continuation
 RUN_KEYS = {'out_dir', 'overwrite', 'init_from', 'eval_only', 'eval_interval', 'eval_tokens',
-            'log_interval', 'prompt', 'sample_tokens', 'device', 'compile', 'batch_size', 'grad_accum'}
+            'log_interval', 'prompt', 'sample_tokens', 'device', 'compile', 'batch_size',
+            'grad_accum'}
 
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -225,7 +226,7 @@ def check(config):
             except ValueError as e:
                 fail(f'{key}: {e}')
             if s and key != 'adam_v' and s.grid[0] == 'u' and s.sign == 'symmetric':
-                fail(f"{key} = '{getattr(config, key)}' has no negatives: add asymmetric or use int")
+                fail(f"{key} = '{getattr(config, key)}' has no negatives; use int, or asymmetric")
     if config.code_lr and (not config.master or spec(config.master).grid == 'bf16'):
         fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
     if config.sample_tokens:            # better now than at the end
@@ -300,10 +301,10 @@ def to_batch(data, starts, T, vocab_size, device):
 
 
 def window_starts(config, step, n_tokens, world):
-    """Where the windows of a step begin, for all micro-steps and ranks: (grad_accum, world, batch).
+    """Where the windows of a step begin, for micro-steps and ranks: (grad_accum, world, batch).
 
-    Drawn anew for every step from (seed, step): resuming needs no state, and neither evaluation nor
-    precision nor, while the product of the three is the same, the number of processes matters."""
+    Drawn anew for every step from (seed, step): resuming needs no state, and neither evaluation
+    nor precision nor, at an equal product of the three, the number of processes matters."""
     rng = np.random.default_rng((config.seed, step))
     shape = config.grad_accum, world, config.batch_size
     return rng.integers(n_tokens - config.block_size, size=math.prod(shape)).reshape(shape)
@@ -414,7 +415,7 @@ def run_files(config):
 
 
 def open_run(config):
-    """The checkpoint to start from, or None; fails if another run is in the way. Writes nothing."""
+    """The checkpoint to start from, or None; fails if another run is in the way."""
     ckpt, log = run_files(config)
     if config.init_from == 'resume':
         checkpoint = load(ckpt)
@@ -428,15 +429,15 @@ def open_run(config):
             fail(f'{config.out_dir} holds a run: go on with --init_from=resume, choose another '
                  '--out_dir, or throw it away with --overwrite=True')
         if os.path.exists(log):
-            fail(f'{config.out_dir} holds the log of a run that saved no checkpoint: throw it away '
-                 'with --overwrite=True, or choose another --out_dir')
+            fail(f'{config.out_dir} holds the log of a run that saved no checkpoint: throw it '
+                 'away with --overwrite=True, or choose another --out_dir')
     if config.eval_only and config.init_from == 'scratch':
         fail('eval_only needs weights: --init_from=resume or the path of a checkpoint')
     return load(config.init_from) if config.init_from not in ('scratch', *GPT2) else None
 
 
 def cut_log(path, step):
-    """Drop what a run logged after the checkpoint it resumes from, and a half-written last line."""
+    """Drop what a run logged after the checkpoint it resumes from, and half-written lines."""
     keep = []
     with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
@@ -491,7 +492,7 @@ class Run:
             self.raw, config.learning_rate, (config.beta1, config.beta2), config.eps,
             config.weight_decay, config.adam_m, config.adam_v, config.code_lr, config.scale_lr,
             config.threshold, config.ramp, config.seed, compiled)
-        self.step, self.seconds, self.losses = 0, 0.0, []           # losses since the last log line
+        self.step, self.seconds, self.losses = 0, 0.0, []    # losses since the last log line
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         if resuming:
             if checkpoint['tokens'] != self.tokens:
@@ -678,7 +679,7 @@ stopping = []       # signals that came while a step was in progress
 
 @contextmanager
 def finishing_steps():
-    """Within, the first Ctrl-C or SIGTERM only leaves a note: the step is finished and saved first."""
+    """Within, the first Ctrl-C or SIGTERM only leaves a note: the step is finished first."""
     def note(number, _):
         if stopping:
             raise KeyboardInterrupt
@@ -688,6 +689,7 @@ def finishing_steps():
     try:
         yield
     finally:
+        stopping.clear()
         for s, handler in before.items():
             signal.signal(s, handler)
 
@@ -706,7 +708,7 @@ def main(argv):
         run.finish()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, OSError, MemoryError) as e:     # what does not fit, cannot be read or written
+    except (ValueError, OSError, MemoryError) as e:     # what does not fit, or cannot be written
         fail(e)
     except RuntimeError as e:
         if 'memory' not in str(e):

@@ -1,13 +1,12 @@
 """
-The numbers of the README: python -m experiments.core [tune|main|small|table] [--jobs=2]
+The numbers of the README: python -m experiments.core [tune] [main] [small] [--jobs=2]
 
-    tune    what the step sizes of BitNet and of direct ternary training were chosen by
-    main    config/ternary.py, its frozen-random control, config/bitnet.py and config/baseline.py as they are
-    small   every strategy on a small model, 3 seeds where one is compared closely
-    table   prints what is in experiments/results/core.jsonl, trains nothing
+    tune    what the step sizes of BitNet and of direct ternary training were chosen by, 600 steps
+    main    config/ternary.py, its frozen-random control, config/bitnet.py and config/baseline.py
+    small   every strategy on a small model, three seeds where one is compared closely
 
-One JSON line a run in experiments/results/core.jsonl; finished runs are skipped. All losses are on the
-corpus whose sha256 each line has; only lines of one sha256 compare.
+Without a group, prints the table of what has been run. One JSON line a run goes to
+experiments/results/core.jsonl; finished runs are skipped. Only lines of one sha256 compare.
 """
 import argparse
 import statistics
@@ -17,23 +16,21 @@ from experiments.runs import RESULTS, read, run_all
 PATH = RESULTS / 'core.jsonl'
 
 # the control: rounded to nearest, small steps never move a code; the rest learns as ever
-FROZEN = ['config/ternary.py', '--master=ternary/row/absmean', '--code_lr=1e-6']
-MAIN = {'ternary': ['config/ternary.py'], 'bitnet': ['config/bitnet.py'], 'frozen': FROZEN,
+MAIN = {'ternary': ['config/ternary.py'], 'bitnet': ['config/bitnet.py'],
+        'frozen': ['config/ternary.py', '--master=ternary/row/absmean', '--code_lr=1e-6'],
         'baseline': ['config/baseline.py']}
 
-SMALL = ['--n_embd=128', '--hidden=384', '--block_size=128', '--batch_size=16', '--max_iters=600', '--warmup_iters=50',
-         '--eval_interval=1000']
-CLOSE = ['baseline', 'w8', 'a8', 'w8a8', 'adam8']            # within 1 % of baseline over three seeds?
-OTHERS = ['w4', 'a4', 'g8', 'w8a8g8', 'adam4', 'kv4', 'bitnet', 'ternary', 'ternary_int8', 'direct8', 'direct4', 'dqt_paper',
-          'everything']
-
-
-# 600 steps each: what config/ternary.py and config/bitnet.py were chosen by
 SHORT = ['--max_iters=600', '--warmup_iters=50', '--eval_interval=10000']
 TUNE = [('bitnet', '--learning_rate=1.5e-3'), ('bitnet', '--learning_rate=3e-3'),
         ('bitnet', '--learning_rate=6e-3'), ('bitnet', '--learning_rate=3e-3 --init_gain=.7'),
         ('ternary', '--code_lr=.05'), ('ternary', '--code_lr=.1'), ('ternary', '--code_lr=.2'),
         ('ternary', '--code_lr=.4'), ('ternary', '--code_lr=.1 --init_gain=.5')]
+
+SMALL = ['--n_embd=128', '--hidden=384', '--block_size=128', '--batch_size=16', '--max_iters=400',
+         '--warmup_iters=40', '--eval_interval=1000']
+CLOSE = ['baseline', 'w8', 'a8', 'w8a8', 'adam8']       # within 1 % of baseline over three seeds?
+OTHERS = ['w4', 'a4', 'g8', 'w8a8g8', 'adam4', 'kv4', 'bitnet', 'ternary', 'ternary_int8',
+          'direct8', 'direct4', 'dqt_paper', 'everything']
 
 
 def groups():
@@ -47,10 +44,10 @@ def groups():
 
 
 def table(results):
-    """Mean and standard deviation over seeds of every name, and the bytes a weight of its block linears."""
-    names = list(dict.fromkeys(r['name'] for r in results))
-    print('| run | seeds | val loss, nats/token | bits/byte | bytes a weight: weights + optimizer |\n|---|---|---|---|---|')
-    for name in names:
+    """Mean and standard deviation over seeds, and the bytes a weight of the blocks, by name."""
+    print('| run | seeds | val loss, nats/token | bits/byte | bytes: weight + optimizer |')
+    print('|---|---|---|---|---|')
+    for name in dict.fromkeys(r['name'] for r in results):
         rows = [r for r in results if r['name'] == name]
         losses, bpb = [r['val_loss'] for r in rows], statistics.mean(r['val_bpb'] for r in rows)
         spread = f' ± {statistics.stdev(losses):.4f}' if len(rows) > 1 else ''
@@ -60,11 +57,13 @@ def table(results):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('groups', nargs='*', default=['main', 'small'])
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time; the cores are divided among them')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('groups', nargs='*', metavar='group')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
     options = parser.parse_args()
     for group in options.groups:
-        if group != 'table':
-            run_all(PATH, groups()[group], options.jobs)
+        if group not in groups():
+            parser.error(f"no group '{group}': choose from {', '.join(groups())}")
+        run_all(PATH, groups()[group], options.jobs)
     table(read(PATH))

@@ -1,8 +1,8 @@
 """
 Many runs of train.py, each one JSON line: what the experiments share.
 
-A run is a name, arguments for train.py and a seed. Finished runs are found in the results file and skipped,
-so a program that is interrupted goes on where it stopped.
+A run is a name, arguments for train.py and a seed. Finished runs are found in the results file and
+skipped, so a program that is interrupted goes on where it stopped.
 """
 import json
 import os
@@ -26,7 +26,8 @@ def machine():
     name = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo', encoding='utf-8') as f:
-            name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), name)
+            names = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
+        name = names[0] if names else name
     return f'{name}, {os.cpu_count()} cores'
 
 
@@ -39,10 +40,11 @@ def read(path):
 
 
 def run_one(name, args, seed, threads):
-    """Train once; returns the result line. RuntimeError with the last words of a run that failed."""
+    """Train once and return the result line. RuntimeError: the last words of one that failed."""
     out = tempfile.mkdtemp(prefix='run-')
     try:
-        command = [sys.executable, 'train.py', *args, f'--seed={seed}', f'--out_dir={out}', '--sample_tokens=0']
+        command = [sys.executable, 'train.py', *args, f'--seed={seed}', f'--out_dir={out}',
+                   '--sample_tokens=0']
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                               env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
         if done.returncode:
@@ -51,15 +53,16 @@ def run_one(name, args, seed, threads):
     finally:
         shutil.rmtree(out)
     first, last = log[0], log[-1]
-    return {'name': name, 'seed': seed, 'args': args, 'val_loss': last['val_loss'], 'val_bpb': last['val_bpb'],
-            'bytes': last['bytes'], 'levels': last['levels'], 'seconds': last['seconds'], 'threads': threads,
-            'sha256': first['sha256'], **first['versions'], 'machine': machine(), 'date': str(date.today())}
+    kept = {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
+    return {'name': name, 'seed': seed, 'args': args, **kept, 'threads': threads,
+            'sha256': first['sha256'], **first['versions'], 'machine': machine(),
+            'date': str(date.today())}
 
 
 def run_all(path, runs, jobs):
     """Train what is not yet in the file `path`, `jobs` at a time; returns all its results."""
     done = {(r['name'], r['seed'], tuple(r['args'])) for r in read(path)}
-    todo = [(name, args, seed) for name, args, seed in runs if (name, seed, tuple(args)) not in done]
+    todo = [run for run in runs if (run[0], run[2], tuple(run[1])) not in done]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     path.parent.mkdir(exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
@@ -69,8 +72,8 @@ def run_all(path, runs, jobs):
                 result = future.result()
                 with open(path, 'a', encoding='utf-8') as f:
                     f.write(json.dumps(result) + '\n')
-                tqdm.write(f"{result['name']} seed {result['seed']}: {result['val_loss']:.4f} nats/token, "
-                           f"{result['val_bpb']:.4f} bits/byte")
+                tqdm.write(f"{result['name']} seed {result['seed']}: {result['val_loss']:.4f} "
+                           f"nats/token, {result['val_bpb']:.4f} bits/byte")
         finally:
             for future in pending:
                 future.cancel()
