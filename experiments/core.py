@@ -1,7 +1,7 @@
 """
 The numbers of the README: python -m experiments.core [tune] [main] [small] [--jobs=2]
 
-    tune    what the step sizes of BitNet and of direct ternary training were chosen by, 600 steps
+    tune    what the settings of BitNet and of direct ternary training were chosen by
     main    config/ternary.py, its frozen-random control, config/bitnet.py and config/baseline.py
     small   every strategy on a small model, three seeds where one is compared closely
 
@@ -20,11 +20,14 @@ MAIN = {'ternary': ['config/ternary.py'], 'bitnet': ['config/bitnet.py'],
         'frozen': ['config/ternary.py', '--master=ternary/row/absmean', '--code_lr=1e-6'],
         'baseline': ['config/baseline.py']}
 
-SHORT = ['--max_iters=600', '--warmup_iters=50', '--eval_interval=10000']
-TUNE = [('bitnet', '--learning_rate=1.5e-3'), ('bitnet', '--learning_rate=3e-3'),
+SHORT = ['--max_iters=600', '--warmup_iters=50', '--eval_interval=10000']       # half a run
+HALF = [('bitnet', '--learning_rate=1.5e-3'), ('bitnet', '--learning_rate=3e-3'),
         ('bitnet', '--learning_rate=6e-3'), ('bitnet', '--learning_rate=3e-3 --init_gain=.7'),
         ('ternary', '--code_lr=.05'), ('ternary', '--code_lr=.1'), ('ternary', '--code_lr=.2'),
         ('ternary', '--code_lr=.4'), ('ternary', '--code_lr=.1 --init_gain=.5')]
+WHOLE = [('bitnet', '--learning_rate=1.5e-3'), ('bitnet', '--learning_rate=2e-3'),
+         ('bitnet', '--beta1=.95 --beta2=.999'), ('baseline', '--beta2=.999'),
+         ('baseline', '--init_gain=.7')]
 
 SMALL = ['--n_embd=128', '--hidden=384', '--block_size=128', '--batch_size=16', '--max_iters=400',
          '--warmup_iters=40', '--eval_interval=1000']
@@ -35,8 +38,10 @@ OTHERS = ['w4', 'a4', 'g8', 'w8a8g8', 'adam4', 'kv4', 'bitnet', 'ternary', 'tern
 
 def groups():
     """{group: [(name, arguments of train.py, seed)]}"""
-    tune = [(f'tune {name} {flags}', [f'config/{name}.py', *SHORT, *flags.split()], 1)
-            for name, flags in TUNE]
+    tune = [(f'half {name} {flags}', [f'config/{name}.py', *SHORT, *flags.split()], 1)
+            for name, flags in HALF]
+    tune += [(f"{name} {flags}", [f"config/{name}.py", *flags.split()], 1)
+             for name, flags in WHOLE]
     main = [(name, args, seed) for seed in (1, 2, 3) for name, args in MAIN.items()]
     small = [(f'small {name}', [f'config/{name}.py', *SMALL], seed) for seed in (1, 2, 3)
              for name in CLOSE + OTHERS if name in CLOSE or seed == 1]
