@@ -89,7 +89,7 @@ class Config:
     eval_interval: int = 200     # steps between evaluations, each of which saves a checkpoint
     eval_tokens: int = 2 ** 15   # of val.bin; the last evaluation takes up to 2^22
     log_interval: int = 10
-    prompt: str = '\n'           # the sample continues it
+    prompt: str = '\nclass'      # the sample continues it
     sample_tokens: int = 256
     device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several
     dtype: str = 'auto'          # of activations: bfloat16 where it is fast, or float32
