@@ -40,7 +40,7 @@ def groups():
     """{group: [(name, arguments of train.py, seed)]}"""
     tune = [(f'half {name} {flags}', [f'config/{name}.py', *SHORT, *flags.split()], 1)
             for name, flags in HALF]
-    tune += [(f"{name} {flags}", [f"config/{name}.py", *flags.split()], 1)
+    tune += [(f'{name} {flags}', [f'config/{name}.py', *flags.split()], 1)
              for name, flags in WHOLE]
     main = [(name, args, seed) for seed in (1, 2, 3) for name, args in MAIN.items()]
     small = [(f'small {name}', [f'config/{name}.py', *SMALL], seed) for seed in (1, 2, 3)
