@@ -21,7 +21,7 @@ from quant import KVCache, Linear, StraightThrough, noise_key, quantize, spec
 def linear(config, n_in, n_out, parts=1):
     """A block linear with the config's strategy; parts is how many equal projections it fuses."""
     return Linear(n_in, n_out, config.bias, config.weights, config.activations, config.gradients,
-                  config.gradients_in, config.backward, parts)
+                  config.gradients_in, config.backward, config.compute, parts)
 
 
 class Norm(nn.Module):
@@ -130,11 +130,10 @@ class GPT(nn.Module):
             self.register_buffer('cos', angle.cos(), persistent=False)          # (T, hs / 2)
             self.register_buffer('sin', angle.sin(), persistent=False)
         self._init_weights()
-        self.lm_head = None                        # the head is wte itself, unless it is quantized
-        if config.quantize_head:
-            self.lm_head = linear(config, config.n_embd, vocab_size)
-            self.lm_head.bias = None
-            self.lm_head.weight = self.wte.weight  # tied, and stays so: one parameter
+        self.lm_head = linear(config, config.n_embd, vocab_size) if config.quantize_head else \
+            Linear(config.n_embd, vocab_size)
+        self.lm_head.bias = None
+        self.lm_head.weight = self.wte.weight      # tied, and stays so: one parameter
 
     def _init_weights(self):
         """N(0, .02), the projections into the residual stream by sqrt(2 L) less, as GPT-2; with
@@ -182,6 +181,12 @@ class GPT(nn.Module):
             if isinstance(layer, Linear):
                 layer.store_(master)
 
+    def compile(self):
+        """torch.compile a block, once for all of them, and the loss, in place."""
+        for block in self.h:
+            block.compile()
+        self.lm_head.cross_entropy = torch.compile(self.lm_head.cross_entropy)
+
     def set_noise(self, *numbers):
         """Give every Linear its key for stochastic rounding, a function of (seed, step, ..)."""
         for i, layer in enumerate(m for m in self.modules() if isinstance(m, Linear)):
@@ -204,13 +209,9 @@ class GPT(nn.Module):
         x = self.ln_f(x)
         if caches is not None:
             x = x[:, [-1]]                                                      # all we need
-        if self.lm_head is not None:
-            logits = self.lm_head(x)                                            # (B, T, vocab)
-        else:
-            logits = F.linear(x, self.wte.weight.to(x.dtype))
         if targets is None:
-            return logits.float()
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return self.lm_head(x).float()                                      # (B, T, vocab)
+        return self.lm_head.loss(x, targets)
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=0.8, top_k=200, generator=None):

@@ -105,6 +105,13 @@ class Spec:
         return self.group in ('tensor', 'column') and self.grid != 'bf16' or self.format == 'nvfp4'
 
     @property
+    def factors(self):
+        """Do the scales come out of a matmul along rows: q^ = s q, with one s a row or in all?"""
+        codes = self.grid in INTEGERS and self.grid[0] != 'u' or self.grid in ('fp8', 'fp8e5')
+        linear = self.map == 'linear' and self.sign == 'symmetric'
+        return codes and linear and self.group in ('row', 'tensor')
+
+    @property
     def per_byte(self):
         return {3: 5, 4: 4, 16: 2, 256: 1}[self.base]
 
@@ -234,7 +241,8 @@ def _round(y, s, key, start):
         y = y.floor() + (u < y - y.floor()) if stochastic else y.round()
         return (y * spacing).clamp(-top, top)
     low, high = INTEGERS[s.grid]
-    c = y if s.map == 'linear' else y.sign() * y.abs() ** (0.5 if s.map == 'sqrt' else 0.25)
+    root = y if s.map == 'linear' else y.abs().sqrt() if s.map == 'sqrt' else y.abs().sqrt().sqrt()
+    c = root if s.map == 'linear' else y.sign() * root
     if stochastic or s.map == 'sqrt':              # up by chance, with E = y, or past the middle
         c = c.floor()
         below = _levels(c, s)
@@ -353,15 +361,17 @@ class StraightThrough(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------
-# the linear layer: quantized weights, activations and gradients
+# matmuls of quantized operands, and their gradients
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a Linear quantizes; the config keys of the same names.
+    """What a Linear quantizes, and how it multiplies; the config keys of the same names.
 
     weights, activations, gradients   Specs of w, x and g; None is full precision
     gradients_in   'dx', 'dw' or 'both': the matmuls of the backward that see g^ instead of g
-    backward       'ste': they see x^ and w^, as the forward did; 'full': x and w
+    backward       'ste': they see x^ and w^, as the forward did; 'full': x and w; 'fold' and
+                   'requantize': their codes are multiplied, see `backward_matmul`
+    compute        'float': dequantized operands are multiplied; 'int8', 'fp8': the codes are
     The three meanings of "quantized gradients" in paper 1 and its code: straight-through as in the
     text is (ste, both); its released code is (full, dw); like SwitchBack is (full, dx).
     """
@@ -370,7 +380,117 @@ class Recipe:
     gradients: Spec | None = None
     gradients_in: str = 'both'
     backward: str = 'ste'
+    compute: str = 'float'
     parts: int = 1
+
+    def check(self, master):
+        """Raises ValueError where codes are to be multiplied but the Specs do not allow it."""
+        codes = {'weights (or master)': self.weights or master, 'activations': self.activations}
+        on_codes = self.backward in ('fold', 'requantize')
+        if on_codes:
+            codes['gradients'] = self.gradients
+        elif self.compute == 'float':
+            return
+        why = f"backward = '{self.backward}'" if on_codes else f"compute = '{self.compute}'"
+        for name, s in codes.items():
+            if s is None or not s.factors or name == 'gradients' and s.group != 'row':
+                raise ValueError(f'{why} multiplies codes: {name} must be quantized to integers '
+                                 'or fp8, symmetric and linear, with a scale a row')
+        floats = {s.grid in FLOATS for s in codes.values()}
+        good = {'float': floats, 'int8': {False}, 'fp8': {True}}[self.compute]
+        if floats != good or len(floats) > 1:
+            raise ValueError(f"{why}, compute = '{self.compute}': weights (or master), "
+                             'activations and gradients must be all integers or all fp8')
+
+
+def _row_scale(q):
+    """The scale of each row, (rows, 1), where rows have their own or share that of their part."""
+    rows, n = q.codes.shape[0], q.scale.shape[0]
+    return q.scale.expand(n, rows // n).reshape(rows, 1)
+
+
+def matmul(a, b, compute, dtype, bias=None):
+    """y = a^ b^T (+ bias) of QTensors a (M, K) and b (N, K), in dtype.
+
+    float        y = (s_a a) (s_b b)^T      dequantized, then multiplied in dtype
+    int8, fp8    y = s_a s_b (a b^T)        the codes are multiplied: int8 exactly, as int32
+
+    The second needs scales that are constant along K, and then reads a byte an element."""
+    if compute == 'float':
+        return F.linear(dequantize(a, dtype), dequantize(b, dtype), bias)
+    s_a, s_b = _row_scale(a), _row_scale(b).T                               # (M, 1), (1, N)
+    a, b = (unpack(q.codes, q.spec, q.cols) for q in (a, b))
+    if a.is_cuda:
+        a, b = a.contiguous(), b.contiguous()       # twice as fast when both lie along K
+    if compute == 'fp8':
+        y = torch._scaled_mm(a, b.T, s_a, s_b.contiguous(), out_dtype=torch.bfloat16)
+    else:
+        y = int_matmul(a, b) * s_a * s_b
+    return y.to(dtype) if bias is None else (y + bias).to(dtype)
+
+
+def int_matmul(a, b):
+    """a b^T of int8 codes, (M, K) and (N, K), as float32: int32 sums of up to 2^16 products."""
+    M, N = a.shape[0], b.shape[0]
+    if a.is_cuda:                       # cuBLAS wants more than 16 rows, and multiples of 8
+        a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - M)))
+        b = F.pad(b, (0, -b.shape[1] % 8, 0, -N % 8))
+    y = sum(torch._int_mm(p, q.T).float() for p, q in zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1)))
+    return y[:M, :N]
+
+
+def operands(x, w, how, key):
+    """x^ (N, in) and w^ (out, in) as the forward multiplies them; QTensors in, QTensors out."""
+    if how.weights is not None:
+        w = quantize(dequantize(w), how.weights, key, parts=how.parts)
+    if how.activations is not None:
+        x = quantize(dequantize(x), how.activations, key + 1)
+    return x, w
+
+
+def _transpose(q):
+    """The transpose of a QTensor, a byte a code: what had a scale a column has one a row."""
+    codes = unpack(q.codes, q.spec, q.cols).T
+    plain = Spec(q.spec.grid if q.spec.grid in FLOATS else 'int8', 'row')
+    return QTensor(codes, q.scale.T, spec=plain, cols=codes.shape[1])
+
+
+def backward_matmul(g, q, how, key, transposed):
+    """g^ w^ for dx, or g^T x^ (transposed) for dw, on codes: q = w or x; g (N, out).
+
+    The sum is over the rows of q, which have scales of their own, so those do not come out of it.
+    Either g takes them in, or q is quantized anew, with a scale a column (in = any of its columns):
+
+        fold          dx = Q(g s_w) codes(w)        dw = Q(g s_x)^T codes(x)
+        requantize    dx = Q(g) Q(w^)               dw = Q(g)^T Q(x^)
+
+    Q(g) has a scale a row for dx, a column for dw. For a per-tensor s_w folding is exact."""
+    dtype, grid = g.dtype, 'int8' if q.spec.grid in INTEGERS else 'fp8'
+    if how.backward == 'fold':
+        g = g.float() * (_row_scale(q) if transposed else _row_scale(q).T)
+        q = q._replace(scale=g.new_ones(1, 1))
+    else:
+        q = quantize(dequantize(q), f'{grid}/column')
+    g = quantize(g, replace(how.gradients, group='column' if transposed else 'row'), key)
+    return matmul(_transpose(g) if transposed else g, _transpose(q), how.compute, dtype)
+
+
+def gradients(g, x, w, how, key):
+    """dx = g^ w^ (N, in) and dw = g^T x^ (out, in) of QTensors x, w and g = dL/dy (N, out)."""
+    dtype, in_dx, in_dw = g.dtype, how.gradients_in != 'dw', how.gradients_in != 'dx'
+    on_codes, gq = how.backward in ('fold', 'requantize'), g
+    if how.gradients is not None and not on_codes:  # q, k and v have gradients of their own size
+        gq = torch.cat([fake_quant(part, how.gradients, key + 4 + i)
+                        for i, part in enumerate(g.chunk(how.parts, -1))], -1)
+    if on_codes and in_dx:
+        dx = backward_matmul(g, w, how, key + 2, transposed=False)
+    else:
+        dx = (gq if in_dx else g) @ dequantize(w, dtype)
+    if on_codes and in_dw:
+        dw = backward_matmul(g, x, how, key + 3, transposed=True)
+    else:
+        dw = (gq if in_dw else g).T @ dequantize(x, dtype)
+    return dx, dw
 
 
 class Matmul(torch.autograd.Function):
@@ -381,34 +501,73 @@ class Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, key, how, master, codes, scale):
-        xq, wq = QTensor(x), QTensor(weight)
+        full = QTensor(x, cols=x.shape[1]), QTensor(weight, cols=x.shape[1])
         if master is not None:
-            wq = QTensor(codes, scale, spec=master, cols=x.shape[1])
-        full = xq, wq
-        if how.weights is not None:
-            wq = quantize(dequantize(wq), how.weights, key, parts=how.parts)
-        if how.activations is not None:
-            xq = quantize(x, how.activations, key + 1)
+            full = full[0], QTensor(codes, scale, spec=master, cols=x.shape[1])
+        xq, wq = operands(*full, how, key)
         saved = full if how.backward == 'full' else (xq, wq)
         ctx.save_for_backward(key, *saved[0][:4], *saved[1][:4])
         ctx.specs, ctx.how, ctx.cols = [q.spec for q in saved], how, x.shape[1]
         ctx.bias = bias is not None
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(dequantize(xq, x.dtype), dequantize(wq, x.dtype), bias)
+        return matmul(xq, wq, how.compute, x.dtype, bias)
 
     @staticmethod
     def backward(ctx, g):
         key, *saved = ctx.saved_tensors
-        x = dequantize(QTensor(*saved[:4], ctx.specs[0], ctx.cols), g.dtype)
-        w = dequantize(QTensor(*saved[4:], ctx.specs[1], ctx.cols), g.dtype)
-        how, gq = ctx.how, g
-        if how.gradients is not None:               # q, k and v have gradients of their own size
-            gq = torch.cat([fake_quant(part, how.gradients, key + 2 + i)
-                            for i, part in enumerate(g.chunk(how.parts, -1))], -1)
-        dx = (g if how.gradients_in == 'dw' else gq) @ w
-        dw = (g if how.gradients_in == 'dx' else gq).T @ x
+        x, w = (QTensor(*saved[i:i + 4], s, ctx.cols) for i, s in zip((0, 4), ctx.specs))
+        dx, dw = gradients(g, x, w, ctx.how, key)
         return dx, dw, g.sum(0) if ctx.bias else None, None, None, None, None, None
 
+
+def cross_entropy(x, w, targets, how, key, weight):
+    """Sum over tokens of L = -log softmax(x^ w^T)[target]; with it weight dL/dx and weight dL/dw.
+
+    x (n, in), w (vocab, in), targets (n,). weight None: no gradients. In float32 but for matmuls:
+
+        L = logsumexp(z) - z[target],    dL/dz = softmax(z) - onehot(target),    z = x^ w^T"""
+    dtype = x.dtype
+    x, w = operands(QTensor(x, cols=x.shape[1]), QTensor(w, cols=x.shape[1]), how, key)
+    z = matmul(x, w, how.compute, dtype).float()                           # (n, vocab)
+    log_sum, targets = z.logsumexp(1, keepdim=True), targets.unsqueeze(1)
+    loss = (log_sum - z.gather(1, targets)).sum()
+    if weight is None:
+        return loss, None, None
+    onehot = targets == torch.arange(z.shape[1], device=z.device)
+    g = (weight * ((z - log_sum).exp() - onehot.float())).to(dtype)
+    return loss, *gradients(g, x, w, how, key)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x (N, in), w (vocab, in) and targets (N,), a chunk of tokens at a time:
+    the logits of a chunk and their gradients go before those of the next come. What is kept for
+    the backward is dx and dw, already finished."""
+
+    @staticmethod
+    def forward(ctx, x, w, targets, key, how, chunk):
+        N = n = len(x)
+        while n * len(w) > (2 ** 28 if x.is_cuda else 2 ** 20) and n % 2 == 0:
+            n //= 2                                                        # equal chunks
+        training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        loss, dx, dw = 0.0, [], None
+        for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):
+            l_i, dx_i, dw_i = chunk(x_i, w, t_i, how, key + 8 * i, 1 / N if training else None)
+            loss = loss + l_i
+            if training:
+                dx.append(dx_i)
+                dw = dw_i.float() if dw is None else dw.add_(dw_i)
+        if training:
+            ctx.save_for_backward(torch.cat(dx), dw)
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, g):
+        dx, dw = ctx.saved_tensors
+        return dx * g.to(dx.dtype), dw * g, None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------
+# the linear layer
 
 class Linear(nn.Module):
     """y = x^ w^T + b over the last axis of x (..., in). Arguments: those of Recipe, as strings.
@@ -419,17 +578,20 @@ class Linear(nn.Module):
     """
 
     def __init__(self, n_in, n_out, bias=False, weights='', activations='', gradients='',
-                 gradients_in='both', backward='ste', parts=1):
+                 gradients_in='both', backward='ste', compute='float', parts=1):
         super().__init__()
-        for name, value, good in (('gradients_in', gradients_in, ('both', 'dx', 'dw')),
-                                  ('backward', backward, ('ste', 'full'))):
+        for name, value, good in (
+                ('gradients_in', gradients_in, ('both', 'dx', 'dw')),
+                ('backward', backward, ('ste', 'full', 'fold', 'requantize')),
+                ('compute', compute, ('float', 'int8', 'fp8'))):
             if value not in good:
                 raise ValueError(f"{name} = '{value}': use one of {', '.join(good)}")
         self.how = Recipe(spec(weights), spec(activations), spec(gradients),
-                          gradients_in, backward, parts)
+                          gradients_in, backward, compute, parts)
         for s, n in ((self.how.weights, n_in), (self.how.activations, n_in),
                      (self.how.gradients, n_out // parts)):
             quantize(torch.zeros(1, n), s)          # ValueError now if a block does not divide
+        self.cross_entropy = cross_entropy
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.master = None
@@ -439,9 +601,16 @@ class Linear(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x):
+        self.how.check(self.master)
         y = Matmul.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.key, self.how,
                          self.master, self.codes, self.scale)
         return y.view(*x.shape[:-1], -1)
+
+    def loss(self, x, targets):
+        """Mean cross-entropy of the logits y, which never exist as a whole, with targets (...)."""
+        self.how.check(self.master)
+        return CrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), self.key,
+                                  self.how, self.cross_entropy)
 
     def stored(self):
         """The weight as it is stored: the master's codes and scale, or the parameter itself."""
@@ -457,6 +626,7 @@ class Linear(nn.Module):
         autograd still wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
         expanded to that shape, in four bytes of memory. Call this on the device where it stays."""
         s = spec(master)
+        self.how.check(s)
         if s is None:
             return
         if s.sign == 'asymmetric' or s.map != 'linear' or s.grid[0] == 'u' or s.format:
@@ -521,6 +691,7 @@ class Hyper(NamedTuple):
     bias2: torch.Tensor    # 1 - prod beta2
     eps: torch.Tensor
     tau: torch.Tensor      # threshold on |r|
+    clip: torch.Tensor     # the gradient counts so many times, in [0, 1]
 
 
 def direction(m, v, h):
@@ -529,8 +700,24 @@ def direction(m, v, h):
     return r.sign() * (r.abs() - h.tau).clamp(min=0)
 
 
+def factor(g, row, col, h):
+    """row_i, col_j <- beta2 row_i, col_j + (1 - beta2) mean of g_ij^2 over j, over i, in place;
+    then v_ij = row_i col_j / mean(row), and mean(row) is returned (Adafactor, arXiv 1804.04235)."""
+    g2 = (h.clip * g.float()).square()
+    row.lerp_(g2.mean(1, keepdim=True), 1 - h.beta2)
+    col.lerp_(g2.mean(0, keepdim=True), 1 - h.beta2)
+    return row.mean().clamp(min=1e-30)
+
+
+def _put(q, new):
+    """Write a QTensor over another, in place."""
+    for old, t in zip(q[:4], new[:4]):
+        if old is not None:
+            old.copy_(t)
+
+
 def update(wq, g, mq, vq, h, key, start, code_units):
-    """One step of AdamW on a block of rows; w, m and v arrive and leave as they are stored.
+    """One step of AdamW on a block of rows; w, m and v are overwritten, as they are stored.
 
         m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2,   w <- (1 - decay) w - lr r
 
@@ -538,22 +725,28 @@ def update(wq, g, mq, vq, h, key, start, code_units):
 
         q <- clip(SR(q - lr r), -1, 1): a code moves a level against r with probability lr |r|
 
-    A plain tensor for v is finished already (factored) and is not stored again. Returns new w, m
-    and v, dL/d log s = sum g w over what shares a scale (or None), and how many codes changed."""
-    w, g = dequantize(wq), g.float()
+    Factored, v is (row, col, mean): row col / mean. `start` is the index of the first element in
+    the noise. Returns dL/d log s = sum g w over what shares a scale
+    (or None), and how many codes changed (or None)."""
+    w, g = dequantize(wq), h.clip * g.float()
     m = h.beta1 * dequantize(mq) + (1 - h.beta1) * g
-    factored = isinstance(vq, torch.Tensor)
-    v = vq if factored else h.beta2 * dequantize(vq) + (1 - h.beta2) * g * g
+    if isinstance(vq, QTensor):
+        v = h.beta2 * dequantize(vq) + (1 - h.beta2) * g * g
+    else:
+        v = vq[0] * vq[1] / vq[2]
     lr, ds = h.lr, None
     if code_units:
         s, axes = wq.scale, {'tensor': None, 'column': 0}.get(wq.spec.group, -1)
         lr = lr * wq.spec.top * s.expand_as(_grouped(w, wq.spec)).reshape(w.shape)
         ds = _grouped(g * w, wq.spec).sum(axes, keepdim=True)
     w_new = (1 - h.decay) * w - lr * direction(m, v, h)
-    wq = quantize(w_new, wq.spec, key, scale=wq.scale, start=start)
-    mq = quantize(m, mq.spec, key + 1, start=start)
-    vq = None if factored else quantize(v, vq.spec, key + 2, start=start)
-    return wq, mq, vq, ds, None if wq.spec is None else (dequantize(wq) != w).sum()
+    new = quantize(w_new, wq.spec, key, scale=wq.scale, start=start)
+    flips = None if wq.spec is None else (dequantize(new) != w).sum()
+    _put(wq._replace(scale=None), new)             # w keeps its scale
+    _put(mq, quantize(m, mq.spec, key + 1, start=start))
+    if isinstance(vq, QTensor):
+        _put(vq, quantize(v, vq.spec, key + 2, start=start))
+    return ds, flips
 
 
 def _rows(t, a, b, n):
@@ -562,49 +755,75 @@ def _rows(t, a, b, n):
 
 
 def _take(q, a, b, n):
-    scale, zero = _rows(q.scale, a, b, n), _rows(q.zero, a, b, n)
-    return q._replace(codes=q.codes[a:b], scale=scale, zero=zero)
+    """Rows a to b of a QTensor of n rows, as views."""
+    codes, scale, zero, outer = (_rows(t, a, b, n) for t in q[:4])
+    return QTensor(codes, scale, zero, outer, q.spec, q.cols)
 
 
-def _put(q, new, a, b, n):
-    """Write the block `new` into rows a to b of q, in place."""
-    for old, t in zip(q[:4], new[:4]):
-        if old is not None and t is not None:
-            _rows(old, a, b, n).copy_(t)
+def _vary_rows(n, *tensors):
+    """Tell torch.compile that only the number of rows, now n, differs from call to call."""
+    for t in tensors:
+        for axis in range(0 if t is None else t.dim()):
+            if axis == 0 and t.shape[0] == n:
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+            else:
+                torch._dynamo.mark_static(t, axis)
 
 
-class Slot:
-    """A parameter with what the optimizer holds for it: m, v, and Adam's m and v of log s."""
+class Group:
+    """Parameters with what the optimizer holds for them, in flat buffers: their rows one below the
+    other, so that one call updates them all. Their codes or values become views of the buffer.
 
-    def __init__(self, name, p, layer, m, v, learn_scale):
-        self.name, self.p, self.layer = name, p, layer
-        self.low_bit = layer is not None and layer.scale is not None
-        self.key = noise_key(*name.encode())
-        zeros = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        self.m = quantize(zeros, m)
-        self.factored = v == 'factored' and layer is not None
-        if self.factored:      # v_ij = row_i col_j / mean(row)   (Adafactor, arXiv 1804.04235)
+    members  [(name, parameter, Linear or None)], of equal columns and stored alike
+    flat     the gradients too are views of one buffer, and are zeroed instead of freed"""
+
+    def __init__(self, members, m, v, learn_scale, decay, flat):
+        self.names, self.params, self.layers = zip(*members)
+        layer = self.layers[0]
+        self.low_bit, self.decay = layer is not None and layer.scale is not None, decay
+        stored = [self._stored(p, layer) for _, p, layer in members]
+        ends = torch.tensor([q.codes.shape[0] for q in stored]).cumsum(0).tolist()
+        self.spans = list(zip([0, *ends], ends))                       # rows of each parameter
+        self.rows, self.cols = ends[-1], stored[0].cols
+        self.w = stored[0]
+        if len(stored) > 1:
+            codes, scale = (None if t[0] is None else torch.cat(t)
+                            for t in list(zip(*stored))[:2])
+            self.w = self.w._replace(codes=codes, scale=scale)
+        for (a, b), p, layer in zip(self.spans, self.params, self.layers):
+            q = _take(self.w, a, b, self.rows)
+            if layer is not None and layer.master is not None:
+                layer.codes, layer.scale = q.codes, q.scale
+            else:
+                p.data = q.codes.view(p.shape)
+        device = self.w.codes.device
+        zeros = torch.zeros(self.rows, self.cols, device=device)
+        self.m, self.factored = quantize(zeros, m), v == 'factored'
+        if self.factored:                                              # as `factor` says
             self.v = zeros[:, :1].clone(), zeros[:1].clone()
         else:
             self.v = quantize(zeros.clone(), v)
         learned = learn_scale and self.low_bit
-        self.s = tuple(torch.zeros_like(layer.scale) for _ in 'mv') if learned else ()
+        self.s = tuple(torch.zeros_like(self.w.scale) for _ in 'mv') if learned else ()
+        self.g = zeros.clone() if flat else None
         # rows with scales of their own go a block at a time, as much as fits the cache of a CPU
         specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor)]
         shared = any(s is not None and s.shared for s in specs)
-        elements = 2 ** 24 if p.is_cuda else 2 ** 17
-        self.block = p.shape[0] if shared else max(1, elements // p[0].numel())
+        elements = 2 ** 28 if self.w.codes.is_cuda else 2 ** 17
+        self.block = self.rows if shared else max(1, elements // self.cols)
 
-    def stored(self):
-        """The weight as it is stored, a QTensor."""
-        if self.layer is None:
-            return QTensor(self.p.data, cols=self.p.shape[-1])
-        return self.layer.stored()
+    @staticmethod
+    def _stored(p, layer):
+        """A parameter as it is stored, in rows; what is in no Linear counts as one column."""
+        if layer is None:
+            return QTensor(p.data.reshape(-1, 1), cols=1)
+        return layer.stored()
 
-    def tensors(self):
-        """Every tensor that makes up the state, in a fixed order."""
+    def state(self, i):
+        """Every tensor of the state of parameter i, in a fixed order, as views."""
+        a, b = self.spans[i]
         v = self.v if self.factored else self.v[:4]
-        return [t for t in (*self.m[:4], *v, *self.s) if t is not None]
+        return [_rows(t, a, b, self.rows) for t in (*self.m[:4], *v, *self.s) if t is not None]
 
 
 class AdamW:
@@ -618,46 +837,84 @@ class AdamW:
     scale_lr        of the direct update: its scales learn at this rate, log s by Adam; 0: fixed
     threshold       of the direct update: tau, in standard deviations of r under white noise
     ramp            of the direct update: beta1_t = min(.9995, 1 - 1 / (10 + t / ramp)); 0: fixed
+    flat            gradients live in one buffer a group: one call a group, as suits a GPU
     compiled        torch.compile the update
     Raises ValueError for a bad Spec or a block that does not divide, when it is built.
+
+    A step is zero_grad(), backward, step(). Or, to free each gradient as soon as it is there,
+    begin(), and in a hook of every parameter apply(p), and finish().
     """
 
     def __init__(self, model, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
                  adam_m='', adam_v='', code_lr=0.0, scale_lr=0.0, threshold=0.0, ramp=0.0, seed=0,
-                 compiled=False):
+                 flat=False, compiled=False):
         self.learning_rate, self.betas, self.eps = learning_rate, betas, eps
         self.weight_decay, self.code_lr, self.scale_lr = weight_decay, code_lr, scale_lr
         self.threshold, self.ramp, self.seed = threshold, ramp, seed
         self.t, self.momentum, self.noise = 0, 1.0, 0.0
-        self.update = torch.compile(update, dynamic=True) if compiled else update
+        self.compiled, self.update, self.factor = compiled, update, factor
+        if compiled:
+            self.update, self.factor = torch.compile(update), torch.compile(factor)
         modules = model.named_modules()
         layers = {f'{name}.weight': m for name, m in modules if isinstance(m, Linear)}
-        self.slots = []
+        v = adam_v if adam_v == 'factored' else spec(adam_v)
+        found = {}
         for name, p in model.named_parameters():       # a tied weight comes once, by one name
             layer = layers.get(name)
-            m, v = ('', '') if layer is None else (adam_m, adam_v)
-            self.slots.append(Slot(name, p, layer, m, v, code_lr > 0 and scale_lr > 0))
+            specs = (spec(adam_m), v, layer.master) if layer else ()
+            alone = any(s == 'factored' or s is not None and s.shared for s in specs)
+            columns = p.shape[1] if layer else 1
+            key = layer is not None, p.dim() > 1, columns, name if alone else ''
+            found.setdefault(key, []).append((name, p, layer))
+        learn = code_lr > 0 and scale_lr > 0
+        self.groups = [
+            Group(members, *((adam_m, adam_v) if linear else ('', '')), learn, matrix, flat)
+            for (linear, matrix, *_), members in found.items()]
+        self.where = {p: (group, *span) for group in self.groups
+                      for p, span in zip(group.params, group.spans)}
+        self.zero_grad()
 
     def zero_grad(self):
-        for slot in self.slots:
-            slot.p.grad = None
+        for p, (group, a, b) in self.where.items():
+            p.grad = None if group.g is None else group.g[a:b].view(p.shape)
+        for group in self.groups:
+            if group.g is not None:
+                group.g.zero_()
 
-    @torch.no_grad()
-    def step(self, scale=1.0):
-        """One step from the .grad of all parameters; `scale` in [0, 1] is the schedule."""
-        self.t += 1
-        lr, decay, beta1 = scale * self.learning_rate, self.weight_decay, self.betas[0]
+    def gradients(self):
+        """All there are, one a group or one a parameter."""
+        flat = [group.g for group in self.groups if group.g is not None]
+        return flat or [p.grad for p in self.where if p.grad is not None]
+
+    def step(self, scale=1.0, clip=1.0):
+        """One step from the .grad of all parameters; `scale` in [0, 1] is the schedule, and the
+        gradients count `clip` times."""
+        self.begin(scale)
+        for group in self.groups:
+            if group.g is not None:
+                self._step(group, 0, group.rows, group.g, clip)
+                continue
+            for p in group.params:
+                if p.grad is not None:
+                    self.apply(p, clip)
+        self.finish()
+
+    def begin(self, scale=1.0):
+        """The numbers of the next step."""
+        self.t, self.scale = self.t + 1, scale
+        lr, beta1 = scale * self.learning_rate, self.betas[0]
         bias1 = 1 - beta1 ** self.t
-        vector = self._hyper(lr, 0.0, beta1, bias1, 0.0)
-        matrix = self._hyper(lr, lr * decay, beta1, bias1, 0.0)
-        direct = self._direct(scale) if self.code_lr else None
-        for slot in self.slots:
-            if slot.p.grad is not None:
-                code_units = slot.low_bit and self.code_lr > 0
-                h = direct if code_units else matrix if slot.p.dim() > 1 else vector
-                self._step(slot, h, code_units)
-                if slot.s:
-                    self._learn_scale(slot, scale * self.scale_lr)
+        numbers = {'vector': (lr, 0.0, beta1, bias1, 0.0),
+                   'matrix': (lr, lr * self.weight_decay, beta1, bias1, 0.0)}
+        if self.code_lr:
+            numbers['direct'] = self._direct(scale)
+        for i, group in enumerate(self.groups):
+            group.direct = group.low_bit and self.code_lr > 0
+            kind = 'direct' if group.direct else 'matrix' if group.decay else 'vector'
+            group.h, group.key = self._hyper(group, i, *numbers[kind])
+            group.flips, group.ds = 0, None
+            if group.direct:
+                group.ds = torch.zeros_like(group.w.scale)
 
     def _direct(self, scale):
         """The numbers of the direct update. tau counts in the size of r under white noise: the
@@ -667,70 +924,73 @@ class AdamW:
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
         bias1 = 1 - self.momentum
         tau = self.threshold * math.sqrt(self.noise) / bias1
-        return self._hyper(scale * self.code_lr, 0.0, beta1, bias1, tau)
+        return scale * self.code_lr, 0.0, beta1, bias1, tau
 
-    def _hyper(self, lr, decay, beta1, bias1, tau):
-        beta2, device = self.betas[1], self.slots[0].p.device
-        numbers = lr, decay, beta1, beta2, bias1, 1 - beta2 ** self.t, self.eps, tau
-        return Hyper(*torch.tensor(numbers, dtype=torch.float32, device=device).unbind())
+    def _hyper(self, group, i, lr, decay, beta1, bias1, tau):
+        """The numbers and the key of the noise as tensors, on their device."""
+        beta2, device = self.betas[1], group.w.codes.device
+        numbers = lr, decay, beta1, beta2, bias1, 1 - beta2 ** self.t, self.eps, tau, 1.0
+        key = torch.full((), noise_key(self.seed, self.t, i), dtype=torch.int32, device=device)
+        return Hyper(*torch.tensor(numbers, device=device).unbind()), key
 
-    def _step(self, slot, h, code_units):
-        p, g, n = slot.p, slot.p.grad, slot.p.shape[0]
-        wq, cols = slot.stored(), p.numel() // n
-        integer = {'dtype': torch.int32, 'device': p.device}
-        key = torch.full((), noise_key(self.seed, self.t, slot.key), **integer)
-        if slot.factored:              # the mean of g^2 over rows and columns, without a copy of g
-            row, col = slot.v
-            row.lerp_(torch.linalg.vector_norm(g, dim=1, keepdim=True) ** 2 / cols, 1 - h.beta2)
-            col.lerp_(torch.linalg.vector_norm(g, dim=0, keepdim=True) ** 2 / n, 1 - h.beta2)
-        slot.flips = torch.zeros((), dtype=torch.int64, device=p.device)
-        slot.ds = torch.zeros_like(slot.layer.scale) if code_units else None
-        for a in range(0, n, slot.block):
-            b = min(a + slot.block, n)
-            if slot.factored:
-                v = row[a:b] * col / row.mean().clamp(min=1e-30)
-            else:
-                v = _take(slot.v, a, b, n)
-            w, m, v, ds, flips = self.update(
-                _take(wq, a, b, n), g[a:b], _take(slot.m, a, b, n), v, h, key,
-                torch.full((), a * cols, **integer), code_units)
-            _put(wq._replace(scale=None), w, a, b, n)          # w keeps its scale
-            _put(slot.m, m, a, b, n)
-            if v is not None:
-                _put(slot.v, v, a, b, n)
+    @torch.no_grad()
+    def apply(self, p, clip=1.0):
+        """Update one parameter by its .grad, which counts `clip` times."""
+        group, a, b = self.where[p]
+        self._step(group, a, b, p.grad.reshape(b - a, -1), clip)
+
+    @torch.no_grad()
+    def _step(self, group, a, b, g, clip):
+        n, device = group.rows, g.device
+        h = group.h._replace(clip=torch.as_tensor(clip, dtype=torch.float32, device=device))
+        if group.factored:
+            mean = self.factor(g, *group.v, h)
+        for c in range(a, b, group.block):
+            d = min(c + group.block, b)
+            v = (group.v[0][c:d], group.v[1], mean) if group.factored else _take(group.v, c, d, n)
+            start = torch.full((), c * group.cols, dtype=torch.int32, device=device)
+            w, m, g_cd = _take(group.w, c, d, n), _take(group.m, c, d, n), g[c - a:d - a]
+            if self.compiled:
+                _vary_rows(d - c, g_cd, *w[:4], *m[:4], *v[:4])
+            ds, flips = self.update(w, g_cd, m, v, h, group.key, start, group.direct)
             if ds is not None:
-                _rows(slot.ds, a, b, n).add_(ds)
+                _rows(group.ds, c, d, n).add_(ds)
             if flips is not None:
-                slot.flips += flips
+                group.flips += flips
 
-    def _learn_scale(self, slot, lr):
-        """log s <- log s - lr mhat / sqrt(vhat), with m and v of dL/d log s."""
-        (m, v), (beta1, beta2) = slot.s, self.betas
-        m.lerp_(slot.ds, 1 - beta1)
-        v.lerp_(slot.ds ** 2, 1 - beta2)
-        r = m / (1 - beta1 ** self.t) / ((v / (1 - beta2 ** self.t)).sqrt() + 1e-30)
-        slot.layer.scale.mul_(torch.exp(-lr * r))
+    @torch.no_grad()
+    def finish(self):
+        """Learn the scales: log s <- log s - lr mhat / sqrt(vhat), m and v those of dL/d log s."""
+        beta1, beta2 = self.betas
+        for group in self.groups:
+            if group.s:
+                m, v = group.s
+                m.lerp_(group.ds, 1 - beta1)
+                v.lerp_(group.ds ** 2, 1 - beta2)
+                r = m / (1 - beta1 ** self.t) / ((v / (1 - beta2 ** self.t)).sqrt() + 1e-30)
+                group.w.scale.mul_(torch.exp(-self.scale * self.scale_lr * r))
 
     def flips(self):
         """Share of the codes of all masters that the last step changed."""
-        slots = [s for s in self.slots if s.layer is not None]
-        return sum(s.flips.item() for s in slots) / sum(s.p.numel() for s in slots)
+        groups = [g for g in self.groups if g.layers[0] is not None]
+        return sum(int(g.flips) for g in groups) / sum(g.rows * g.cols for g in groups)
 
     def state_dict(self):
         """Numbers and tensors only, so that torch.load(weights_only=True) reads it."""
-        return {'t': self.t, 'momentum': self.momentum, 'noise': self.noise,
-                'slots': {slot.name: slot.tensors() for slot in self.slots}}
+        state = {name: group.state(i) for group in self.groups
+                 for i, name in enumerate(group.names)}
+        return {'t': self.t, 'momentum': self.momentum, 'noise': self.noise, 'state': state}
 
     def load_state_dict(self, state):
         """Copy a state in. Raises ValueError if it is of another model or stored otherwise."""
-        if state['slots'].keys() != {slot.name for slot in self.slots}:
+        mine, saved = self.state_dict()['state'], state['state']
+        if saved.keys() != mine.keys():
             raise ValueError('the optimizer state is of another model')
-        for slot in self.slots:
-            mine, saved = slot.tensors(), state['slots'][slot.name]
-            if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in saved]:
-                raise ValueError(f'the optimizer state of {slot.name} is stored in another way; '
+        for name in mine:
+            if [(t.shape, t.dtype) for t in mine[name]] != [(t.shape, t.dtype) for t in saved[name]]:
+                raise ValueError(f'the optimizer state of {name} is stored in another way; '
                                  'use the same adam_m, adam_v and master')
-            for t, s in zip(mine, saved):
+            for t, s in zip(mine[name], saved[name]):
                 t.copy_(s)
         self.t, self.momentum, self.noise = state['t'], state['momentum'], state['noise']
 
@@ -746,15 +1006,16 @@ def _held(tensors):
 def held(model, optimizer):
     """Bytes really held, read off the storages: {'weights', 'optimizer', 'gradients', 'linear'};
     'linear' is the same three for the weights of Linear layers alone, in bytes a weight."""
-    slots = [s for s in optimizer.slots if s.layer is not None]
-    count = sum(s.p.numel() for s in slots)
-    grads = [s.p.grad for s in optimizer.slots if s.p.grad is not None]
-    linear = {'weights': _held(t for s in slots for t in s.layer.stored()[:2] if t is not None),
-              'optimizer': _held(t for s in slots for t in s.tensors()),
-              'gradients': _held(s.p.grad for s in slots if s.p.grad is not None)}
-    return {'weights': _held([*model.parameters(), *model.buffers()]),
-            'optimizer': _held(t for s in optimizer.slots for t in s.tensors()),
-            'gradients': _held(grads), 'linear': {k: n / count for k, n in linear.items()}}
+    def of(groups):
+        grads = [p.grad for group in groups for p in group.params if p.grad is not None]
+        states = [t for group in groups for i in range(len(group.names)) for t in group.state(i)]
+        return {'optimizer': _held(states), 'gradients': _held(grads)}
+
+    linear = [group for group in optimizer.groups if group.layers[0] is not None]
+    count = sum(group.rows * group.cols for group in linear)
+    weights = _held(t for group in linear for t in group.w[:2] if t is not None)
+    return {'weights': _held([*model.parameters(), *model.buffers()]), **of(optimizer.groups),
+            'linear': {k: n / count for k, n in {'weights': weights, **of(linear)}.items()}}
 
 
 def shares(model):
@@ -785,7 +1046,7 @@ def _damage(x, how, parts=1):
 
 @torch.no_grad()
 def health(model, *inputs):
-    """Of each Linear, on one batch: what its Specs do to weight and input, and how the codes of a
+    """Of each Linear that quantizes, on one batch: what its Specs do to weight and input, and how the codes of a
     low-bit master share the levels. {layer: {'weights', 'activations', 'levels'}}."""
     report, hooks = {}, []
 
@@ -797,7 +1058,8 @@ def health(model, *inputs):
             if how.activations is not None:
                 entry['activations'] = _damage(args[0].flatten(0, -2), how.activations)
             entry['levels'] = shares(layer)
-            report[name] = entry
+            if any((how.weights, how.activations, how.gradients, layer.master)):
+                report[name] = entry
         return hook
 
     for name, layer in model.named_modules():

@@ -440,7 +440,7 @@ def test_factored_v_is_exact_for_rank_one():
             end = step(size * normal(64, 128, seed=i).sign())           # g^2 = row x column
         ends.append(end)
     assert torch.allclose(*ends, atol=1e-5)
-    assert sum(t.numel() for t in optimizer.slots[0].v) == 64 + 128
+    assert sum(t.numel() for t in optimizer.groups[0].v) == 64 + 128
     assert pair(adam_v='factored')[2](torch.zeros(64, 128)).isfinite().all()    # also of nothing
 
 
@@ -455,7 +455,7 @@ def test_masters_stay_on_their_grid_whatever_the_block(master, code_lr):
     for block in (64, 7):
         layer, optimizer, step = pair(master, learning_rate=1e-3, code_lr=code_lr, seed=3,
                                       adam_m='int8/row/stochastic', adam_v='factored')
-        optimizer.slots[0].block = block
+        optimizer.groups[0].block = block
         start = layer.codes.clone()
         for i in range(5):
             w = step(normal(64, 128, seed=i))
@@ -549,7 +549,7 @@ def test_the_optimizer_state_survives_a_checkpoint(kwargs, tmp_path):
     b.load_state_dict(weights)
     ob.load_state_dict(state)
     assert torch.equal(step_a(normal(64, 128, seed=9)), step_b(normal(64, 128, seed=9)))
-    assert all(map(torch.equal, oa.slots[0].tensors(), ob.slots[0].tensors()))
+    assert all(map(torch.equal, oa.groups[0].state(0), ob.groups[0].state(0)))
     with pytest.raises(ValueError, match='stored in another way'):
         pair(TERNARY, adam_m='int8/row')[1].load_state_dict(state)
 
@@ -911,7 +911,7 @@ def test_two_processes_are_one_with_twice_the_batch(strategy, small, tmp_path):
                       'whole = train.Run.finish\n'
                       'def finish(run):\n'
                       '    whole(run)\n'
-                      '    torch.save(run.raw.state_dict(), sys.argv[1] + str(run.rank))\n'
+                      '    torch.save(run.model.state_dict(), sys.argv[1] + str(run.rank))\n'
                       'train.Run.finish = finish\n'
                       'train.main(sys.argv[2:])\n', encoding='utf-8')
     done = run('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', str(script),

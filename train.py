@@ -53,7 +53,9 @@ class Config:
     activations: str = ''        # their inputs
     gradients: str = ''          # gradients of their outputs,
     gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
-    backward: str = 'ste'        # the backward sees quantized x and w (ste) or full ones (full)
+    backward: str = 'ste'        # the backward sees quantized x and w (ste), full ones (full), or
+                                 # multiplies codes: scales folded into g, or x and w requantized
+    compute: str = 'float'       # what is multiplied: codes dequantized, or codes (int8, fp8)
     kv_cache: str = ''           # keys and values
     master: str = ''             # the weights as they are stored between steps
     adam_m: str = ''             # Adam's moments as they are stored
@@ -74,6 +76,8 @@ class Config:
     scale_lr: float = 0.01       # of their scales; 0: fixed
     threshold: float = 1.0       # no flips on evidence below so many deviations of the noise
     ramp: float = 20.0           # beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
+    update_in_backward: bool = False  # update a weight when its gradient is there, and free that;
+                                 # grad_clip is then by the norm of each gradient
 
     # the data
     dataset: str = 'python'      # folder in data/, or the path of one
@@ -93,7 +97,7 @@ class Config:
     sample_tokens: int = 256
     device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several
     dtype: str = 'auto'          # of activations: bfloat16 where it is fast, or float32
-    compile: str = 'auto'        # torch.compile: yes or no; auto: on a GPU
+    compile: str = 'auto'        # torch.compile: yes or no; auto: where it works and pays
 
 
 # what may differ between a run and its continuation
@@ -229,6 +233,8 @@ def check(config):
                 fail(f"{key} = '{getattr(config, key)}' has no negatives; use int, or asymmetric")
     if config.code_lr and (not config.master or spec(config.master).grid == 'bf16'):
         fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
+    if config.update_in_backward and config.grad_accum > 1:
+        fail('update_in_backward uses each gradient at once: set grad_accum = 1')
     if config.sample_tokens:            # better now than at the end
         try:
             KVCache(config.kv_cache)
@@ -332,7 +338,7 @@ def load(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         Config(**checkpoint['config'])
         assert checkpoint['iter'] >= 0 and checkpoint['tokens'] > 0 and checkpoint['seconds'] >= 0
-        assert checkpoint['model'].keys() and checkpoint['optimizer']['slots'].keys()
+        assert checkpoint['model'].keys() and checkpoint['optimizer']['state'].keys()
         assert isinstance(checkpoint['sha256'], str) and isinstance(checkpoint['losses'], list)
         return checkpoint
     except Exception as e:              # a damaged or foreign file raises anything at all
@@ -382,6 +388,19 @@ def pick_dtype(config, device):
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else
             device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
+
+
+def pick_compile(config, device):
+    """auto: on a GPU, and on a CPU with a C++ compiler for runs that are longer than compiling."""
+    if config.compile != 'auto':
+        return config.compile == 'yes'
+    if device.type not in ('cpu', 'cuda') or device.type == 'cpu' and config.max_iters < 500:
+        return False
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception:               # no compiler, no headers, ..: whatever it is, eager works
+        return False
+    return True
 
 
 def schedule(config, step):
@@ -483,16 +502,21 @@ class Run:
             fail(f"the checkpoint was trained on data of sha256 {checkpoint['sha256'][:12]}, but "
                  f"{config.dataset} is now {self.meta['sha256'][:12]}: losses would not compare")
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
-        self.raw = build(config, checkpoint, self.vocab_size, self.device)
-        self.raw.dtype = pick_dtype(config, self.device)
-        gpu = self.device.type == 'cuda'
-        compiled = config.compile == 'yes' or config.compile == 'auto' and gpu
-        self.model = torch.compile(self.raw) if compiled else self.raw
+        self.model = build(config, checkpoint, self.vocab_size, self.device)
+        self.model.dtype = pick_dtype(config, self.device)
+        compiled = pick_compile(config, self.device)
+        if compiled:
+            self.model.compile()
         self.optimizer = AdamW(
-            self.raw, config.learning_rate, (config.beta1, config.beta2), config.eps,
+            self.model, config.learning_rate, (config.beta1, config.beta2), config.eps,
             config.weight_decay, config.adam_m, config.adam_v, config.code_lr, config.scale_lr,
-            config.threshold, config.ramp, config.seed, compiled)
+            config.threshold, config.ramp, config.seed,
+            self.device.type == 'cuda' and not config.update_in_backward, compiled)
+        if config.update_in_backward:
+            for p in self.model.parameters():
+                p.register_post_accumulate_grad_hook(self.update)
         self.step, self.seconds, self.losses = 0, 0.0, []    # losses since the last log line
+        self.limit = config.grad_clip or math.inf
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         if resuming:
             if checkpoint['tokens'] != self.tokens:
@@ -521,10 +545,10 @@ class Run:
         versions = {
             'python': platform.python_version(), 'torch': torch.__version__,
             'device': torch.cuda.get_device_name(self.device) if gpu else self.device.type,
-            'dtype': str(self.raw.dtype).split('.')[1]}
+            'dtype': str(self.model.dtype).split('.')[1]}
         if not resuming:
             self.log.line(config=asdict(config), sha256=self.meta['sha256'], versions=versions)
-        count = sum(p.numel() for p in self.raw.parameters())
+        count = sum(p.numel() for p in self.model.parameters())
         self.log.say(f'{config.flavour} {config.n_layer}x{config.n_embd}, {count / 1e6:.2f}M '
                      f'parameters, {versions["dtype"]} on {versions["device"]}, data '
                      f'{config.dataset} {self.meta["sha256"][:12]}')
@@ -534,9 +558,10 @@ class Run:
         """Loss in nats a token and bits a byte over windows spread over val, of `most` tokens."""
         T, B, data = self.config.block_size, self.config.batch_size, self.val_data
         n = max(1, min(most // T, (len(data) - 1) // T))
+        n -= n % (B * self.world) if n > B * self.world else 0       # whole batches: one shape
         starts = np.linspace(0, len(data) - 1 - T, n).astype(np.int64)
         total = torch.zeros(2, dtype=torch.float64)
-        self.raw.set_noise(self.config.seed, self.step, -1 - self.rank)
+        self.model.set_noise(self.config.seed, self.step, -1 - self.rank)
         self.model.eval()
         for i in range(self.rank * B, n, self.world * B):
             x, y = to_batch(data, starts[i:i + B], T, self.vocab_size, self.device)
@@ -550,7 +575,7 @@ class Run:
         return {'val_loss': loss, 'val_bpb': loss / math.log(2) / self.meta['bytes_per_token']}
 
     def save(self):
-        weights = self.raw.state_dict()
+        weights = self.model.state_dict()
         norms = [t.float().norm().item() for t in weights.values() if t.is_floating_point()]
         self.check_finite(sum(norms), 'norm of the weights')
         if self.rank == 0:
@@ -561,7 +586,8 @@ class Run:
 
     def health(self):
         x, _ = to_batch(self.val_data, [0], self.config.block_size, self.vocab_size, self.device)
-        return health(self.raw, x)
+        with torch.compiler.set_stance('force_eager'):               # it hooks into the layers
+            return health(self.model, x)
 
     def check_up(self):
         """Evaluate, look at the health of quantization, save."""
@@ -571,36 +597,53 @@ class Run:
                      f'{result["val_bpb"]:.4f} bits/byte')
         self.save()
 
+    def update(self, p):
+        """A hook: the gradient of p is there; use it and free it."""
+        if self.world > 1:
+            dist.all_reduce(p.grad)
+        norm = torch.linalg.vector_norm(p.grad)
+        self.optimizer.apply(p, (self.limit / (norm + 1e-6)).clamp(max=1))
+        self.norms.append(norm)
+        p.grad = None
+
     def gradients(self):
         """The gradients of a step, over all micro-steps and processes; (loss, wishes to stop)."""
         config, world = self.config, self.world
         starts = window_starts(config, self.step, len(self.train_data), world)
         total = torch.zeros(2, device=self.device)
-        self.optimizer.zero_grad()
         for micro in range(config.grad_accum):
             x, y = to_batch(self.train_data, starts[micro, self.rank], config.block_size,
                             self.vocab_size, self.device)
             noise = config.seed, self.step, micro * world + self.rank
-            self.raw.set_noise(*noise)
+            self.model.set_noise(*noise)
             torch.manual_seed(noise_key(*noise))                     # for dropout
             loss = self.model(x, y) / (config.grad_accum * world)
             loss.backward()
             total[0] += loss.detach()
         total[1] = len(stopping)
         if world > 1:
-            for p in self.raw.parameters():
-                dist.all_reduce(p.grad)
+            for g in self.optimizer.gradients():
+                dist.all_reduce(g)
             dist.all_reduce(total)
         return total.tolist()
 
     def advance(self):
         """One optimizer step; returns what to log of it and whether to stop."""
-        loss, stop = self.gradients()
-        limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), limit).item()
-        self.check_finite(loss, 'loss')
-        self.check_finite(norm, 'norm of the gradient')
-        self.optimizer.step(schedule(self.config, self.step))
+        optimizer, scale = self.optimizer, schedule(self.config, self.step)
+        if self.config.update_in_backward:
+            self.norms = []
+            optimizer.begin(scale)
+            loss, stop = self.gradients()
+            self.check_finite(loss, 'loss')
+            self.check_finite(torch.stack(self.norms).max().item(), 'norm of a gradient')
+            optimizer.finish()
+        else:
+            optimizer.zero_grad()
+            loss, stop = self.gradients()
+            norm = torch.nn.utils.get_total_norm(optimizer.gradients()).item()
+            self.check_finite(loss, 'loss')
+            self.check_finite(norm, 'norm of the gradient')
+            optimizer.step(scale, min(1.0, self.limit / (norm + 1e-6)))
         self.step += 1
         return loss, stop
 
@@ -648,13 +691,14 @@ class Run:
         config, enc = self.config, self.encoding
         idx = torch.tensor([enc.encode_ordinary(config.prompt) or [0]], device=self.device)
         generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.raw.eval()
-        tokens = self.raw.generate(idx, config.sample_tokens, generator=generator)[0].tolist()
+        self.model.eval()
+        with torch.compiler.set_stance('force_eager'):               # shapes change every token
+            tokens = self.model.generate(idx, config.sample_tokens, generator=generator)[0].tolist()
         return enc.decode([t for t in tokens if t < self.meta['vocab_size']])    # no padding
 
     def finish(self):
         """The last evaluation, over all of val up to 2^22 tokens, a sample, and a summary."""
-        log, size, levels = self.log, held(self.raw, self.optimizer), shares(self.raw)
+        log, size, levels = self.log, held(self.model, self.optimizer), shares(self.model)
         result = self.evaluate(2 ** 22)
         log.line(done=True, iter=self.step, **result, bytes=size, levels=levels,
                  seconds=self.seconds, health=self.health())
