@@ -406,7 +406,7 @@ class Recipe:
 def _row_scale(q):
     """The scale of each row, (rows, 1), where rows have their own or share that of their part."""
     rows, n = q.codes.shape[0], q.scale.shape[0]
-    return q.scale.expand(n, rows // n).reshape(rows, 1)
+    return q.scale.expand(n, rows // n).contiguous().view(rows, 1)
 
 
 def matmul(a, b, compute, dtype, bias=None):
@@ -423,7 +423,7 @@ def matmul(a, b, compute, dtype, bias=None):
     if a.is_cuda:
         a, b = a.contiguous(), b.contiguous()       # twice as fast when both lie along K
     if compute == 'fp8':
-        y = torch._scaled_mm(a, b.T, s_a, s_b.contiguous(), out_dtype=torch.bfloat16)
+        y = torch._scaled_mm(a, b.T, s_a, s_b, out_dtype=torch.bfloat16)
     else:
         y = int_matmul(a, b) * s_a * s_b
     return y.to(dtype) if bias is None else (y + bias).to(dtype)
@@ -792,8 +792,10 @@ class Group:
             self.w = self.w._replace(codes=codes, scale=scale)
         for (a, b), p, layer in zip(self.spans, self.params, self.layers):
             q = _take(self.w, a, b, self.rows)
+            # .data: to autograd each is a tensor of its own, not changed when its neighbours are
             if layer is not None and layer.master is not None:
-                layer.codes, layer.scale = q.codes, q.scale
+                layer.codes = q.codes.data
+                layer.scale = None if q.scale is None else q.scale.data
             else:
                 p.data = q.codes.view(p.shape)
         device = self.w.codes.device

@@ -4,6 +4,7 @@ its oracle.
 
     python -m pytest -q test_quant.py
 """
+import functools
 import io
 import itertools
 import json
@@ -328,6 +329,108 @@ def test_codes_are_what_is_saved_for_backward():
     assert ternary <= x.numel() + 4 * 1024 + 256 * 256 / 4 + 16
 
 
+def same(w, a, g='', n_out=48, **kwargs):
+    """A function that gives y, dx and dw of one layer, input and gradient in the ways asked for."""
+    x, weight, gy = normal(40, 64).requires_grad_(), normal(n_out, 64, seed=1), normal(40, n_out)
+
+    def way(**how):
+        layer = Linear(64, n_out, weights=w, activations=a, gradients=g, **kwargs, **how)
+        layer.weight.data = weight * torch.logspace(-1, 1, n_out)[:, None]
+        y = layer(x)
+        return y, *torch.autograd.grad(y, (x, layer.weight), gy)
+    return way
+
+
+@pytest.mark.parametrize('w, a, parts', [
+    ('int8/row', 'int8/row', 1), ('ternary/tensor/absmean', 'int8/row', 3),
+    ('int4/row', 'int4/tensor', 1), ('ternary/row/trits', 'int2/row/stochastic', 1),
+    ('fp8/row', 'fp8/row', 1)])
+def test_multiplying_codes_is_multiplying_what_they_stand_for(w, a, parts):
+    way = same(w, a, parts=parts)
+    compute, error = ('fp8', 2 ** -8) if 'fp8' in w else ('int8', 1e-5)  # fp8 gives out bf16
+    for ours, oracle in zip(way(compute=compute), way(compute='float')):
+        assert torch.allclose(ours, oracle, rtol=error, atol=error * oracle.abs().max().item())
+
+
+def test_integer_matmuls_are_exact():
+    a, b = (torch.randint(-128, 128, (5, 140000), dtype=torch.int8) for _ in 'ab')
+    a[0], b[0] = -128, -128                                             # 2^31 and more: overflows
+    oracle = (a.long() @ b.long().T).double()
+    assert oracle[0, 0] > 2 ** 31
+    assert torch.allclose(quant.int_matmul(a, b).double(), oracle, rtol=1e-6)
+
+
+@pytest.mark.parametrize('w, a, g', [
+    ('int8/row', 'int8/row', 'int8/row/stochastic'),
+    ('ternary/tensor/absmean', 'int8/row', 'int8/row'), ('int4/row', 'int4/row', 'int8/row'), ('fp8/row', 'fp8/row', 'fp8e5/row')])
+def test_the_backward_on_codes(w, a, g):
+    """fold: dx = Q(g s_w) codes(w), dw = Q(g s_x)^T codes(x); requantize: dx = Q(g) Q(w^) .."""
+    way = same(w, a, g)
+    compute, error = ('fp8', 2 ** -7) if 'fp8' in w else ('int8', 1e-5)
+    _, dx, dw = same(w, a)()
+    for backward in ('fold', 'requantize'):
+        _, *oracle = way(backward=backward)
+        _, *ours = way(backward=backward, compute=compute)
+        for x, y, full in zip(ours, oracle, (dx, dw)):
+            assert torch.allclose(x, y, rtol=error, atol=error * y.abs().max().item())
+            assert (y - full).norm() < 0.15 * full.norm()               # of the full gradient
+    G, W = normal(40, 48), normal(48, 64, seed=1) * torch.logspace(-1, 1, 48)[:, None]
+    wq = quantize(W, w)
+    s, codes = wq.scale.expand(48, 1), dequantize(wq) / wq.scale
+    first = fake_quant(G * s.T, g, torch.tensor(2, dtype=torch.int32)) @ codes
+    assert torch.allclose(way(backward='fold')[1], first, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_costs_where_tokens_differ_in_size():
+    """dw folds the scales of the tokens of x into g: a few loud ones take the range of the others.
+    With a scale a column, x itself fares better; loud channels make no difference."""
+    def error(how, loud):
+        x, g = normal(2048, 256), normal(2048, 128, seed=1)
+        x[loud] *= 30
+        layer = Linear(256, 128, False, 'int8/row', 'int8/row', 'int8/row/stochastic', 'both', how)
+        dw, = torch.autograd.grad(layer(x), layer.weight, g)
+        return ((dw - g.T @ x).norm() / (g.T @ x).norm()).item()
+
+    everywhere, channels, tokens = slice(0, 0), (slice(None), slice(0, 256, 64)), slice(0, 2048, 64)
+    for loud, low, high in (everywhere, 0.8, 1.0), (channels, 0.9, 1.15), (tokens, 1.3, 2.0):
+        assert low < error('fold', loud) / error('requantize', loud) < high
+
+
+@pytest.mark.parametrize('how, says', [
+    ({'compute': 'int8'}, 'compute = .int8. multiplies codes: weights'),
+    ({'compute': 'int8', 'weights': 'int8/row'}, 'activations must be'),
+    ({'compute': 'int8', 'weights': 'int8/16', 'activations': 'int8/row'}, 'weights .or master.'),
+    ({'compute': 'int8', 'weights': 'fp8/row', 'activations': 'fp8/row'}, 'all integers or all fp8'),
+    ({'compute': 'fp8', 'weights': 'int8/row', 'activations': 'int8/row'}, 'all integers or all fp8'),
+    ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row'}, 'gradients must be'),
+    ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row',
+      'gradients': 'int8/tensor'}, 'gradients must be')])
+def test_codes_that_cannot_be_multiplied(how, says):
+    with pytest.raises(ValueError, match=says):
+        Linear(32, 32, **how).store_('')
+
+
+@pytest.mark.parametrize('n, vocab', [(14, 11), (512, 4096)])
+@pytest.mark.parametrize('quantized', [{}, {'weights': 'int8/row', 'activations': 'int8/row'}])
+def test_the_loss_in_chunks_is_cross_entropy(n, vocab, quantized):
+    """Value and gradients; nowhere are there logits of more than 2^20 elements."""
+    layer, x = Linear(16, vocab, **quantized), normal(2, n // 2, 16).requires_grad_()
+    layer.weight.data *= 50
+    targets = torch.randint(vocab, (2, n // 2), generator=torch.Generator().manual_seed(0))
+    oracle = F.cross_entropy(layer(x).flatten(0, 1), targets.flatten())
+    largest = []
+    layer.cross_entropy = lambda x, w, *rest: (largest.append(len(x) * len(w))
+                                               or quant.cross_entropy(x, w, *rest))
+    loss = layer.loss(x, targets)
+    assert torch.allclose(loss, oracle, rtol=1e-5) and max(largest) <= 2 ** 20
+    assert len(largest) == max(1, n * vocab // 2 ** 20)
+    ours, oracles = (torch.autograd.grad(3 * y, (x, layer.weight)) for y in (loss, oracle))
+    for ours, theirs in zip(ours, oracles):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    with torch.no_grad():
+        assert torch.equal(layer.loss(x, targets), loss)
+
+
 def test_absmax_gradients_are_mostly_zero():
     """Why quantized gradients hurt (paper 1): softmax minus one-hot has one large entry a row."""
     logits, y = normal(256, 1024) * 2, torch.arange(256)
@@ -536,6 +639,57 @@ def test_bytes_are_read_off_the_storages():
         assert size['weights'] == sum(t.untyped_storage().nbytes() for t in tensors)
 
 
+@pytest.mark.parametrize('name', ['baseline', 'ternary', 'adam4', 'dqt_paper', 'everything'])
+def test_flat_or_freed_gradients_give_the_same_step(name):
+    ends = []
+    for way in ('plain', 'flat', 'freed'):
+        model, x = gpt(f'config/{name}.py'), tokens(2, 32)
+        c = model.config
+        optimizer = AdamW(model, adam_m=c.adam_m, adam_v=c.adam_v, code_lr=c.code_lr,
+                          scale_lr=c.scale_lr, weight_decay=0.1, seed=1, flat=way == 'flat')
+
+        def use(p):
+            optimizer.apply(p, 0.5)
+            p.grad = None
+
+        if way == 'freed':
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(use)
+        for step in range(2):
+            model.set_noise(step)
+            if way == 'freed':
+                optimizer.begin(0.7)
+                model(x, x).backward()
+                optimizer.finish()
+                assert held(model, optimizer)['gradients'] == 0
+            else:
+                optimizer.zero_grad()
+                model(x, x).backward()
+                optimizer.step(0.7, 0.5)
+        if way == 'flat':
+            assert len(optimizer.gradients()) == len(optimizer.groups) < len(optimizer.where)
+        states = optimizer.state_dict()['state'].values()
+        ends.append([*model.state_dict().values(), *sum(states, [])])
+    assert all(map(torch.equal, ends[0], ends[1])) and all(map(torch.equal, ends[0], ends[2]))
+
+
+def test_freed_gradients_leave_less_than_three_bytes_a_weight():
+    model, x = gpt('config/ternary.py', n_layer=4, n_embd=256, hidden=768), tokens(2, 32)
+    optimizer, peaks = AdamW(model, adam_m='int8/row', adam_v='factored', code_lr=0.1), []
+
+    def use(p):
+        peaks.append(sum(held(model, optimizer)['linear'].values()))    # this gradient included
+        optimizer.apply(p)
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(use)
+    optimizer.begin()
+    model(x, x).backward()
+    optimizer.finish()
+    assert len(peaks) == len(optimizer.where) and 1.3 < max(peaks) < 3
+
+
 @pytest.mark.parametrize('kwargs', [
     {}, {'adam_m': 'int8/128/sqrt', 'adam_v': 'uint4/128/root4'},
     {'adam_m': 'int4/row/asymmetric', 'adam_v': 'factored'}])
@@ -683,22 +837,75 @@ def test_generated_code_rounds_alike():
         assert torch.equal(torch.compile(codes)(x), codes(x))
 
 
+@pytest.fixture
+def capture(monkeypatch):
+    """torch.compile captures whole graphs but generates no code, and counts them."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    whole = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, 'compile', whole)
+    return graphs
+
+
 @pytest.mark.parametrize('name', ['ternary', 'w8a8g8', 'bitnet', 'everything', 'adam4'])
-def test_compiled_is_eager(name):
-    """One graph, equal bits: what is captured is what is written (aot_eager generates no code)."""
+def test_compiled_is_eager(name, capture):
+    """Whole graphs, equal bits: what is captured is what is written."""
     ends = []
-    for wrap in (lambda f: f, lambda f: torch.compile(f, backend='aot_eager', fullgraph=True)):
-        torch._dynamo.reset()
+    for compiled in (False, True):
         model, x = gpt(f'config/{name}.py', n_embd=128, hidden=128), tokens(2, 32)
         model.set_noise(1, 2)
         c = model.config
+        if compiled:
+            model.compile()
         optimizer = AdamW(model, adam_m=c.adam_m, adam_v=c.adam_v, code_lr=c.code_lr,
-                          scale_lr=c.scale_lr)
-        optimizer.update = wrap(quant.update)
-        wrap(model)(x, x).backward()
+                          scale_lr=c.scale_lr, compiled=compiled)
+        model(x, x).backward()
         optimizer.step()
         ends.append([p.grad for p in model.parameters()] + list(model.state_dict().values()))
-    assert all(map(torch.equal, *ends))
+    assert all(map(torch.equal, *ends)) and capture
+
+
+STRATEGIES = [path.stem for path in CONFIGS if path.stem not in SIZES]
+
+
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_every_strategy_on_codes_is_the_strategy_in_floats(name):
+    """Loss and gradients of a model, or an error for a strategy that has no codes on both sides."""
+    c = config(f'config/{name}.py')
+    backwards = ('fold', 'requantize') if c.gradients else ('ste',)
+    for backward in backwards:
+        ways = []
+        for compute in ('float', 'int8'):
+            how = {'compute': compute, 'backward': backward}
+            if not (c.weights or c.master) or not c.activations:
+                with pytest.raises(ValueError, match='multiplies codes'):
+                    gpt(f'config/{name}.py', compute='int8', backward=backward)
+                break
+            model, x = gpt(f'config/{name}.py', **how), tokens(2, 32)
+            model.set_noise(3)
+            loss = model(x, x)
+            ways.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for a, b in zip(*ways or [[], []]):
+            assert (a - b).norm() <= 1e-3 * a.norm()    # a rounding may fall to the other side
+
+
+@pytest.mark.parametrize('name', ['ternary', 'w8a8g8', 'adam4'])
+def test_nothing_is_compiled_after_the_third_step(name, small, capture):
+    """Neither another learning rate nor other noise, nor an evaluation in between."""
+    c = train.parse([f'config/{name}.py', *small, '--compile=yes', '--max_iters=100'])
+    run = train.Run(c, 0, 1)
+    for step in range(6):
+        run.advance()
+        if step == 2:
+            run.check_up()
+            count = len(capture)
+    run.check_up()
+    assert len(capture) == count > 3
 
 
 # ------------------------------------------------------------------------------------------------

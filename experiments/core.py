@@ -1,9 +1,10 @@
 """
-The numbers of the README: python -m experiments.core [tune] [main] [small] [--jobs=2]
+The numbers of the README: python -m experiments.core [tune] [main] [small] [compute] [--jobs=2]
 
     tune    what the settings of BitNet and of direct ternary training were chosen by
     main    config/ternary.py, its frozen-random control, config/bitnet.py and config/baseline.py
     small   every strategy on a small model, three seeds where one is compared closely
+    compute the small model compiled, with dequantized codes or the codes themselves multiplied
 
 Without a group, prints the table of what has been run. One JSON line a run goes to
 experiments/results/core.jsonl; finished runs are skipped. Only lines of one sha256 compare.
@@ -35,6 +36,19 @@ CLOSE = ['baseline', 'w8', 'a8', 'w8a8', 'adam8']       # within 1 % of baseline
 OTHERS = ['w4', 'a4', 'g8', 'w8a8g8', 'adam4', 'kv4', 'bitnet', 'ternary', 'ternary_int8',
           'direct8', 'direct4', 'dqt_paper', 'everything']
 
+COMPUTE = {
+    'w8a8, float': ['w8a8'], 'w8a8, int8': ['w8a8', 'int8'],
+    'ternary, float': ['ternary'], 'ternary, int8': ['ternary', 'int8'],
+    'w8a8g8 fold, float': ['w8a8g8', 'float', 'fold'],
+    'w8a8g8 fold, int8': ['w8a8g8', 'int8', 'fold'],
+    'w8a8g8 requantize, int8': ['w8a8g8', 'int8', 'requantize']}
+
+
+def compute_args(name, compute='float', backward='ste'):
+    """Arguments of train.py."""
+    return [f'config/{name}.py', *SMALL, '--compile=yes', f'--compute={compute}',
+            f'--backward={backward}']
+
 
 def groups():
     """{group: [(name, arguments of train.py, seed)]}"""
@@ -45,7 +59,9 @@ def groups():
     main = [(name, args, seed) for seed in (1, 2, 3) for name, args in MAIN.items()]
     small = [(f'small {name}', [f'config/{name}.py', *SMALL], seed) for seed in (1, 2, 3)
              for name in CLOSE + OTHERS if name in CLOSE or seed == 1]
-    return {'tune': tune, 'main': main, 'small': small}
+    compute = [(name, compute_args(*args), seed) for seed in (1, 2, 3)
+               for name, args in COMPUTE.items()]
+    return {'tune': tune, 'main': main, 'small': small, 'compute': compute}
 
 
 def table(results):
