@@ -406,7 +406,7 @@ class Recipe:
 def _row_scale(q):
     """The scale of each row, (rows, 1), where rows have their own or share that of their part."""
     rows, n = q.codes.shape[0], q.scale.shape[0]
-    return q.scale.expand(n, rows // n).contiguous().view(rows, 1)
+    return q.scale.expand(n, rows // n).contiguous().view(-1).unsqueeze(1)
 
 
 def matmul(a, b, compute, dtype, bias=None):
