@@ -429,9 +429,15 @@ def matmul(a, b, compute, dtype, bias=None):
     return y.to(dtype) if bias is None else (y + bias).to(dtype)
 
 
+INT_MM_CPU = 'AVX' in torch.backends.cpu.get_cpu_capability()    # elsewhere it is a plain loop
+
+
 def int_matmul(a, b):
-    """a b^T of int8 codes, (M, K) and (N, K), as float32: int32 sums of up to 2^16 products."""
+    """a b^T of int8 codes, (M, K) and (N, K), as float32: int32 sums of up to 2^16 products, or
+    sums in float32 where there are no integer matmuls (exact below 2^24: K up to 1040)."""
     M, N = a.shape[0], b.shape[0]
+    if not (a.is_cuda or a.device.type == 'cpu' and INT_MM_CPU):
+        return a.float() @ b.float().T
     if a.is_cuda:                       # cuBLAS wants more than 16 rows, and multiples of 8
         a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - M)))
         b = F.pad(b, (0, -b.shape[1] % 8, 0, -N % 8))

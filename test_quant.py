@@ -352,12 +352,16 @@ def test_multiplying_codes_is_multiplying_what_they_stand_for(w, a, parts):
         assert torch.allclose(ours, oracle, rtol=error, atol=error * oracle.abs().max().item())
 
 
-def test_integer_matmuls_are_exact():
+def test_integer_matmuls_are_exact(monkeypatch):
     a, b = (torch.randint(-128, 128, (5, 140000), dtype=torch.int8) for _ in 'ab')
     a[0], b[0] = -128, -128                                             # 2^31 and more: overflows
     oracle = (a.long() @ b.long().T).double()
     assert oracle[0, 0] > 2 ** 31
-    assert torch.allclose(quant.int_matmul(a, b).double(), oracle, rtol=1e-6)
+    for fast in (True, False):
+        monkeypatch.setattr(quant, 'INT_MM_CPU', fast)
+        assert torch.allclose(quant.int_matmul(a, b).double(), oracle, rtol=1e-6)
+        few = a[:, :1000], b[:, :1000]
+        assert torch.equal(quant.int_matmul(*few).long(), few[0].long() @ few[1].long().T)
 
 
 @pytest.mark.parametrize('w, a, g', [
@@ -1107,6 +1111,20 @@ def test_the_order_of_data_is_a_function_of_seed_and_step():
     assert not np.array_equal(starts(), starts(6))
     assert not np.array_equal(starts(), starts(seed=1))
     assert starts().min() >= 0 and starts().max() < 10000 - c.block_size
+
+
+@pytest.mark.parametrize('strategy', ['ternary', 'baseline', 'w8a8g8'])
+def test_update_in_backward_is_the_same_training(strategy, small, tmp_path):
+    """Without clipping, bit for bit, and at the end no gradient is held."""
+    args = [f'config/{strategy}.py', *small, '--grad_clip=0']
+    train.main([*args, f'--out_dir={tmp_path / "a"}'])
+    train.main([*args, f'--out_dir={tmp_path / "b"}', '--update_in_backward=True'])
+    a, b = checkpoint(tmp_path / 'a'), checkpoint(tmp_path / 'b')
+    assert equal(a['model'], b['model']) and equal(a['optimizer'], b['optimizer'])
+    held_a, held_b = (log_of(tmp_path / name)[-1]['bytes'] for name in 'ab')
+    assert held_a['linear']['gradients'] == 4 and held_b['gradients'] == 0
+    says = error(*args, '--update_in_backward=True', '--grad_accum=2', '--overwrite=True')
+    assert 'set grad_accum = 1' in says
 
 
 @pytest.mark.parametrize('strategy', ['ternary', 'dqt_paper', 'w8a8'])
