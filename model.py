@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import KVCache, Linear, StraightThrough, noise_key, quantize, spec
+from quant import TUNED, KVCache, Linear, StraightThrough, noise_key, quantize, spec
 
 
 def linear(config, n_in, n_out, parts=1):
@@ -183,8 +183,9 @@ class GPT(nn.Module):
 
     def compile(self):
         """torch.compile a block, once for all of them, and the loss, in place."""
+        on_gpu = self.wte.weight.is_cuda and self.config.compute == 'int8'
         for block in self.h:
-            block.compile()
+            block.compile(options=TUNED if on_gpu else None)
         self.lm_head.cross_entropy = torch.compile(self.lm_head.cross_entropy)
 
     def set_noise(self, *numbers):

@@ -271,16 +271,21 @@ def pack(c, s):
     return sum(digit * s.base ** i for i, digit in enumerate(digits))      # base 3, 4 or 16
 
 
+def _digits(codes, s):
+    """The places of all bytes, each a tensor of the shape of codes, from the lowest on."""
+    if s.per_byte == 1:
+        return [codes]
+    if s.base == 3:
+        return [codes.div(3 ** i, rounding_mode='floor') % 3 for i in range(5)]
+    bits = 8 // s.per_byte
+    return [(codes >> (bits * i)) & (s.base - 1) for i in range(s.per_byte)]
+
+
 def unpack(codes, s, cols):
     """Storage to one code an element: int8, uint8, or the float dtype of the grid."""
     if s.per_byte == 1:
         return codes
-    if s.base == 3:
-        digits = [codes.div(3 ** i, rounding_mode='floor') % 3 for i in range(5)]
-    else:
-        bits = 8 // s.per_byte
-        digits = [(codes >> (bits * i)) & (s.base - 1) for i in range(s.per_byte)]
-    c = torch.cat(digits, -1)[..., :cols]
+    c = torch.cat(_digits(codes, s), -1)[..., :cols]
     low = 0 if s.grid in FLOATS else INTEGERS[s.grid][0]
     return c.to(torch.int8) + low if low else c
 
@@ -401,6 +406,9 @@ class Recipe:
         if floats != good or len(floats) > 1:
             raise ValueError(f"{why}, compute = '{self.compute}': weights (or master), "
                              'activations and gradients must be all integers or all fp8')
+
+
+TUNED = {'max_autotune_gemm': True}     # to inductor: scales fuse only into Triton's int8 matmuls
 
 
 def _row_scale(q):
@@ -747,7 +755,8 @@ def update(wq, g, mq, vq, h, key, start, code_units):
         ds = _grouped(g * w, wq.spec).sum(axes, keepdim=True)
     w_new = (1 - h.decay) * w - lr * direction(m, v, h)
     new = quantize(w_new, wq.spec, key, scale=wq.scale, start=start)
-    flips = None if wq.spec is None else (dequantize(new) != w).sum()
+    flips = None if wq.spec is None else sum(
+        (a != b).sum() for a, b in zip(*(_digits(q.codes, wq.spec) for q in (new, wq))))
     _put(wq._replace(scale=None), new)             # w keeps its scale
     _put(mq, quantize(m, mq.spec, key + 1, start=start))
     if isinstance(vq, QTensor):
@@ -783,7 +792,7 @@ class Group:
     members  [(name, parameter, Linear or None)], of equal columns and stored alike
     flat     the gradients too are views of one buffer, and are zeroed instead of freed"""
 
-    def __init__(self, members, m, v, learn_scale, decay, flat):
+    def __init__(self, members, m, v, learn_scale, decay, flat, compiled):
         self.names, self.params, self.layers = zip(*members)
         layer = self.layers[0]
         self.low_bit, self.decay = layer is not None and layer.scale is not None, decay
@@ -814,10 +823,10 @@ class Group:
         learned = learn_scale and self.low_bit
         self.s = tuple(torch.zeros_like(self.w.scale) for _ in 'mv') if learned else ()
         self.g = zeros.clone() if flat else None
-        # rows with scales of their own go a block at a time, as much as fits the cache of a CPU
+        # rows with scales of their own go a block at a time, as suits the cache of a CPU
         specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor)]
         shared = any(s is not None and s.shared for s in specs)
-        elements = 2 ** 28 if self.w.codes.is_cuda else 2 ** 17
+        elements = 2 ** 28 if self.w.codes.is_cuda else 2 ** 20 if compiled else 2 ** 17
         self.block = self.rows if shared else max(1, elements // self.cols)
 
     @staticmethod
@@ -876,7 +885,7 @@ class AdamW:
             found.setdefault(key, []).append((name, p, layer))
         learn = code_lr > 0 and scale_lr > 0
         self.groups = [
-            Group(members, *((adam_m, adam_v) if linear else ('', '')), learn, matrix, flat)
+            Group(members, *((adam_m, adam_v) if linear else ('', '')), learn, matrix, flat, compiled)
             for (linear, matrix, *_), members in found.items()]
         self.where = {p: (group, *span) for group in self.groups
                       for p, span in zip(group.params, group.spans)}

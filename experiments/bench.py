@@ -1,0 +1,628 @@
+"""
+How fast it is, beside its peers and the limits of the machine: python -m experiments.bench
+
+    --quick           under five minutes on two CPU cores: smaller models, some rows left out
+    --nanogpt=PATH    nanoGPT's model.py, for the rows that compare with it
+    --rows=WORD       only rows with WORD in their name; results go to a file of their own
+    --minutes=N       start no further comparison after so many minutes
+    --curves          instead: time and memory against width and context, and a plot of them
+
+Prints a table and writes experiments/results/bench-<machine>.json. All sides of a comparison take
+turns in one process; a ratio is of medians, the other side's time over ours, so more is better; of
+bytes and counts ours over the other's, so less is better. The limit is what the bytes or FLOPs of
+our side take at the rates measured of this machine, and in brackets the ratio that would be. Peers
+are optional, see experiments/requirements.txt; one that did not quantize makes its row fail.
+"""
+import argparse
+import functools
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext, redirect_stdout
+from datetime import date
+
+import torch
+import torch.nn as nn
+from torch._dynamo.utils import counters
+from torch.nn.utils import get_total_norm
+
+import quant
+from experiments.runs import RESULTS, ROOT, machine
+from model import GPT
+from quant import TUNED, AdamW, Linear, QTensor, held, quantize, spec
+from train import parse, pick_compile, pick_dtype
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device('cuda' if CUDA else 'cpu')
+ROUNDS = 20                                             # samples of each side
+INT8 = ['config/w8a8.py', '--compute=int8']
+FP8 = ['--weights=fp8/row', '--activations=fp8/row', '--compute=fp8']
+STRATEGIES = {'baseline': [], 'w8a8': INT8, 'ternary': ['config/ternary.py'],
+              'adam8': ['config/adam8.py']}
+SIZES = {'124M': ['config/gpt2.py', '--batch_size=16'],
+         '350M': ['config/gpt2_medium.py', '--batch_size=8'],
+         '1.5B': ['config/gpt2_xl.py', '--batch_size=4']}
+options = argparse.Namespace(quick=False, nanogpt='', rows='', minutes=math.inf)
+
+
+class Skip(Exception):
+    """A side that cannot run here, and why."""
+
+
+def seconds(f, n=1):
+    """Seconds a call of f takes, over n calls."""
+    wait = torch.cuda.synchronize if CUDA else int
+    wait()
+    began = time.perf_counter()
+    for _ in range(n):
+        f()
+    wait()
+    return (time.perf_counter() - began) / n
+
+
+def take_turns(sides):
+    """Samples of each side, in seconds a call, in the order ABC CBA ABC ..: drift hits all alike.
+    A sample is as many calls as take 10 ms."""
+    samples = {name: [] for name in sides}
+    calls = {name: math.ceil(0.01 / max(1e-5, seconds(f))) for name, f in sides.items()}
+    for i in range(ROUNDS):
+        for name in list(sides)[::-1 if i % 2 else 1]:
+            samples[name].append(seconds(sides[name], calls[name]))
+    return samples
+
+
+@functools.cache
+def rates():
+    """What this machine does: bytes/s, read and written, of a copy and of an update in place, and
+    FLOP/s of square matmuls; the best sample of each, as these are to be limits."""
+    n, size = (8192, 2 ** 28) if CUDA else (1024, 2 ** 26)              # size: of float32
+    (a, b), x = torch.ones(2, size, device=DEVICE), torch.ones(n, n, device=DEVICE)
+    h, i = x.bfloat16(), x.to(torch.int8)
+    sides = {'copy': lambda: b.copy_(a), 'in place': lambda: a.mul_(1.0), 'fp32': lambda: x @ x.T,
+             'bf16': lambda: h @ h.T, 'int8': lambda: torch._int_mm(i, i.T)}
+    if CUDA and torch.cuda.get_device_capability() >= (8, 9):
+        e, one = x.to(torch.float8_e4m3fn), torch.ones((), device=DEVICE)
+        sides['fp8'] = lambda: torch._scaled_mm(e, e.T, one, one, out_dtype=torch.bfloat16)
+    for f in sides.values():
+        f()
+    return {name: (2 * n ** 3 if name[-1].isdigit() else 8 * size) / min(samples)
+            for name, samples in take_turns(sides).items()}
+
+
+def free():
+    torch._dynamo.reset()
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def why(e):
+    text = ' '.join(str(e).split())[:300]
+    return f'skipped: {text}' if isinstance(e, Skip) else f'failed: {type(e).__name__}: {text}'
+
+
+def compare(comparison, rows):
+    """Results of the rows, one dict each. A comparison returns builders of its sides, and limits
+    in seconds. A builder returns what to call and time, or a number, which is the result. A side
+    that fails takes only its own rows along."""
+    sides, values, wrong, samples, limits = {}, {}, {}, {}, {}
+    try:
+        builders, limits = comparison()
+        for side in dict.fromkeys(side for row in rows for side in row[1:3] if side):
+            try:
+                with redirect_stdout(sys.stderr):       # the table alone goes to stdout
+                    values[side] = built = builders[side]()
+                    if callable(built):
+                        for _ in range(3):
+                            built()
+                        sides[side] = built
+            except (Exception, SystemExit) as e:        # SystemExit: the config is a bad one
+                wrong[side] = f'{why(e)} ({side})'
+        samples = take_turns(sides)
+    except (Exception, SystemExit) as e:
+        wrong = dict.fromkeys((side for row in rows for side in row[1:3]), why(e))
+    values |= {side: statistics.median(times) for side, times in samples.items()}
+    results = [empty(row, next((wrong[side] for side in row[1:3] if side in wrong), ''))
+               for row in rows]
+    for r in results:
+        r['what'] = ' '.join(getattr(comparison, 'func', comparison).__doc__.split())
+        if not r['verdict']:
+            judge(r, values, samples, limits)
+    return results
+
+
+def empty(row, verdict):
+    """The result of a row of which nothing was measured."""
+    return {**dict(zip(('name', 'ours', 'other', 'bar', 'stretch'), row)), 'verdict': verdict}
+
+
+def judge(r, values, samples, limits):
+    """Put into a result what was measured, and the verdict on it."""
+    a, b, timed = values[r['ours']], values.get(r['other']), r['ours'] in samples
+    unit, r['ratio'] = 'seconds' if timed else 'amount', b / a if timed else a / b if b else a
+    r |= {f'ours_{unit}': a, f'other_{unit}': b}
+    if timed:
+        r['samples'] = len(samples[r['ours']])          # of each side
+    if r['ours'] in limits:
+        r |= {'limit_seconds': limits[r['ours']], 'limit': b / limits[r['ours']]}
+    met = [r[goal] is not None and (r['ratio'] >= r[goal] if timed else r['ratio'] <= r[goal])
+           for goal in ('bar', 'stretch')]
+    verdict = 'stretch' if met[1] else 'met' if met[0] else 'MISSED'
+    r['verdict'] = 'information' if r['bar'] is None else verdict
+
+
+def batch(config, vocab):
+    tokens = torch.randint(vocab, (config.batch_size, config.block_size + 1), device=DEVICE)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def our_step(args, vocab=4096):
+    """A step of ours, () -> None, as train.py takes it with the config that it makes of args."""
+    c = parse(args)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):                          # drawing 1.5B numbers on a CPU takes long
+        model = GPT(c, vocab)
+    model.store_(c.master)
+    model.dtype = pick_dtype(c, DEVICE)
+    compiled = pick_compile(c, DEVICE)
+    if compiled:
+        model.compile()
+    optimizer = AdamW(model, c.learning_rate, (c.beta1, c.beta2), c.eps, c.weight_decay, c.adam_m,
+                      c.adam_v, c.code_lr, c.scale_lr, c.threshold, c.ramp, c.seed,
+                      CUDA and not c.update_in_backward, compiled)
+    (x, y), t = batch(c, vocab), 0
+
+    def clip(norm):
+        return (c.grad_clip / (norm + 1e-6)).clamp(max=1)
+
+    def use(p):
+        optimizer.apply(p, clip(torch.linalg.vector_norm(p.grad)))
+        p.grad = None
+
+    for p in model.parameters() if c.update_in_backward else ():
+        p.register_post_accumulate_grad_hook(use)
+
+    def step():
+        nonlocal t
+        t += 1                                          # the rate differs from step to step
+        model.set_noise(c.seed, t)
+        if c.update_in_backward:
+            optimizer.begin(1 / t)
+            model(x, y).backward()
+            optimizer.finish()
+        else:
+            optimizer.zero_grad()
+            model(x, y).backward()
+            optimizer.step(1 / t, clip(get_total_norm(optimizer.gradients())))
+
+    step.model, step.optimizer = model, optimizer
+    return step
+
+
+def nanogpt_step(args, vocab=4096, compiled=True, int8=False):
+    """A step of nanoGPT, the same shape; int8 swaps in torchao's layers, all in bfloat16."""
+    if not options.nanogpt:
+        raise Skip("needs nanoGPT's model.py: --nanogpt=PATH")
+    where = importlib.util.spec_from_file_location('nanogpt', options.nanogpt)
+    nanogpt = importlib.util.module_from_spec(where)
+    sys.modules['nanogpt'] = nanogpt                    # its dataclass looks itself up there
+    where.loader.exec_module(nanogpt)
+    c = parse(args)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = nanogpt.GPT(nanogpt.GPTConfig(c.block_size, vocab, c.n_layer, c.n_head, c.n_embd,
+                                              dropout=0.0, bias=c.bias))
+    x, y = batch(c, vocab)
+    if int8:
+        model = torchao_int8(model.bfloat16(), x)
+    betas = c.beta1, c.beta2
+    optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, betas, DEVICE.type)
+    run = torch.compile(model) if compiled else model
+
+    def step():
+        autocast = torch.autocast('cuda', torch.bfloat16) if CUDA and not int8 else nullcontext()
+        with autocast:
+            _, loss = run(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def torchao_int8(model, x):
+    """Swap torchao's int8 training into the blocks. RuntimeError unless each of their linears runs
+    three int8 matmuls a step and the output changes."""
+    torchao = peer('torchao.quantization')
+    config = peer('torchao.prototype.quantized_training').Int8MixedPrecisionTrainingConfig
+    x, expected = x[:1, :32], 3 * 4 * len(model.transformer.h)
+    before = model(x)[0].detach()
+    torchao.quantize_(model.transformer.h, config(module_swap=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        after = model(x)[0]
+        after.sum().backward()
+    model.zero_grad()
+    n = sum(e.name in ('aten::_int_mm', 'torchao::scaled_int8_mm') for e in profile.events())
+    if n != expected or torch.equal(before, after):
+        raise RuntimeError(f'the peer ran {n} int8 matmuls instead of {expected}')
+    return model
+
+
+def peer(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise Skip(f'pip install {name.split(".")[0]} ({e})') from None
+
+
+def flops_time(args, vocab, blocks, rest):
+    """Seconds of the matmuls of a training step at the rates of two kinds: block linears, and head
+    and causal attention. Six operations a weight and token; a gpt2's shape."""
+    c = parse(args)
+    tokens, linear = c.batch_size * c.block_size, 12 * c.n_layer * c.n_embd ** 2
+    other = c.n_embd * vocab + c.n_layer * c.n_embd * c.block_size
+    return 6 * tokens * (linear / rates()[blocks] + other / rates()[rest])
+
+
+def stochastic_rounding():
+    """Round 2^22 float32 numbers to int8 codes, up or down by chance: the noise from quant.uniform
+    or from torch.rand_like; both compiled."""
+    x = torch.randn(2 ** 11, 2 ** 11, device=DEVICE) * 30
+    key = torch.ones((), dtype=torch.int32, device=DEVICE)
+
+    def rounded(x, u):
+        return (x + u).floor().clamp(-128, 127).to(torch.int8)
+
+    by_hash = torch.compile(lambda x, key: rounded(x, quant.uniform(x, key)))
+    by_rand = torch.compile(lambda x: rounded(x, torch.rand_like(x)))
+    return ({'hash': lambda: lambda: by_hash(x, key), 'rand_like': lambda: lambda: by_rand(x)},
+            {'hash': 5 * x.numel() / rates()['copy']})
+
+
+def linear_forward():
+    """Forward of a linear 768 -> 3072 on 4096 tokens, W8A8: codes multiplied (int8), or what they
+    stand for in float32 (float); both compiled."""
+    x = torch.randn(4096, 768, device=DEVICE)
+
+    def build(compute):
+        layer = Linear(768, 3072, weights='int8/row', activations='int8/row', compute=compute)
+        forward = torch.compile(layer.to(DEVICE))
+        return torch.no_grad()(lambda: forward(x))
+
+    fastest = max(rates()['bf16'], rates()['int8'])
+    return ({compute: functools.partial(build, compute) for compute in ('int8', 'float')},
+            {'int8': 2 * 4096 * 768 * 3072 / fastest})
+
+
+def small_training():
+    """Training steps of a gpt2 of width 384, context 256, vocabulary 4096, 4 layers, 8 sequences
+    (quick: 2 and 4): W8A8 on codes, in the dtype that train.py takes; float32; bfloat16; nanoGPT
+    in float32. Ours run as train.py runs them on this machine, or wholly compiled."""
+    gpt = ['--flavour=gpt2', '--n_head=6', '--n_embd=384',
+           *(['--n_layer=2', '--batch_size=4'] if options.quick else ['--batch_size=8'])]
+    fp32, fast = [*gpt, '--dtype=float32'], max(('bf16', 'int8'), key=rates().get)
+    return ({'w8a8': lambda: our_step([*INT8, *gpt]), 'fp32': lambda: our_step(fp32),
+             'bf16': lambda: our_step([*gpt, '--dtype=bfloat16']),
+             'fp32 compiled': lambda: our_step([*fp32, '--compile=yes']),
+             'nanoGPT': lambda: nanogpt_step(fp32, compiled=False),
+             'nanoGPT compiled': lambda: nanogpt_step(fp32)},
+            {'w8a8': flops_time(gpt, 4096, fast, 'bf16'),
+             **dict.fromkeys(('fp32', 'fp32 compiled'), flops_time(gpt, 4096, 'fp32', 'fp32'))})
+
+
+def optimizer_step(width, n_layer):
+    """One optimizer step over the block weights of a gpt2, gradients in place, no clipping: 8-bit
+    AdamW, torch's fused float32, torchao's and bitsandbytes' 8-bit, and packed ternary codes."""
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * n_layer
+    limits = {}
+
+    def give_gradients(parameters):
+        for p in parameters:
+            g = torch.randn(p.shape, device=DEVICE) * 1e-3
+            p.grad = g if p.grad is None else p.grad.copy_(g)           # there if it is flat
+
+    def ours(name, master='', **settings):
+        with torch.device(DEVICE):
+            model = nn.ModuleList(Linear(n_in, n_out) for n_out, n_in in shapes)
+        for layer in model:
+            layer.store_(master)
+        optimizer = AdamW(model, weight_decay=0.1, flat=CUDA, compiled=True, **settings)
+        give_gradients(model.parameters())
+        size = held(model, optimizer)                   # all is written, too, but the gradients
+        moved = 2 * (size['weights'] + size['optimizer']) + size['gradients']
+        limits[name] = moved / rates()['in place']
+        return optimizer.step
+
+    def theirs(make, *states):
+        parameters = [nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes]
+        give_gradients(parameters)
+        optimizer = make(parameters)
+        optimizer.step()
+        for state in (optimizer.state[p][key] for p in parameters for key in states):
+            if getattr(state, 'codes', state).dtype not in (torch.uint8, torch.int8):
+                raise RuntimeError(f'the peer did not quantize its states {", ".join(states)}')
+        return optimizer.step
+
+    def bitsandbytes():
+        make = peer('bitsandbytes').optim.AdamW8bit
+        return theirs(functools.partial(make, min_8bit_size=256), 'state1', 'state2')
+
+    t = parse(['config/ternary.py'])
+    ternary = {key: getattr(t, key) for key in ('master', 'adam_m', 'adam_v', 'code_lr',
+                                                'scale_lr', 'threshold', 'ramp')}
+    adam8 = {'adam_m': 'int8/128/sqrt', 'adam_v': 'uint8/128/root4'}
+    return ({'8-bit': lambda: ours('8-bit', **adam8),
+             'ternary': lambda: ours('ternary', **ternary),
+             'fused': lambda: theirs(functools.partial(torch.optim.AdamW, fused=True)),
+             'torchao': lambda: theirs(peer('torchao.optim').AdamW8bit, 'exp_avg', 'exp_avg_sq'),
+             'bitsandbytes': bitsandbytes}, limits)
+
+
+def compilations():
+    """Recompilations after the third of eight training steps, and graph breaks, as dynamo counts
+    them, all compiled: w8a8 + adam8, ternary; on a CPU without --quick baseline, everything."""
+    @functools.cache
+    def count():
+        tried, late, broken = [['config/adam8.py', *INT8], ['config/ternary.py']], [], []
+        for args in tried if options.quick or CUDA else [*tried, [], ['config/everything.py']]:
+            free()
+            counters.clear()
+            step = our_step([*args, '--n_layer=2', '--n_embd=128', '--compile=yes'])
+            frames = [(step(), counters['frames']['total'])[1] for _ in range(8)]
+            late.append(frames[-1] - frames[2])
+            broken.append(sum(counters['graph_break'].values()))
+        print(f'by strategy: recompilations {late}, graph breaks {broken}', file=sys.stderr)
+        return sum(late), sum(broken)
+
+    return {'recompilations': lambda: count()[0], 'graph breaks': lambda: count()[1]}, {}
+
+
+def row_quantize():
+    """Quantize (32768, 6400) bfloat16 to int8 codes and row scales, against a copy that moves as
+    many bytes: the ratio is the share of copy bandwidth."""
+    x = torch.randn(32768, 6400, device=DEVICE, dtype=torch.bfloat16)
+    moved = 3 * x.numel() + 4 * len(x)                  # bytes: in, codes out, scales out
+    a, b = torch.ones(2, moved // 8, device=DEVICE)
+    run = torch.compile(lambda x: quantize(x, 'int8/row')[:2])
+    return ({'quantize': lambda: lambda: run(x), 'copy': lambda: lambda: b.copy_(a)},
+            {'quantize': moved / rates()['copy']})
+
+
+def int8_matmul():
+    """Codes (16384, 1600) times codes (6400, 1600) transposed, times row scales times column
+    scales, to bfloat16: scales in the epilogue; a bfloat16 matmul; torch._int_mm, then scales."""
+    n, d, m = 16384, 1600, 6400
+    x, w = (torch.randint(-127, 128, (k, d), device=DEVICE).to(torch.int8) for k in (n, m))
+    sx, sw = torch.rand(n, 1, device=DEVICE), torch.rand(m, 1, device=DEVICE)
+    xb, wb = x.bfloat16(), w.bfloat16()
+    scale = torch.compile(lambda y: (y * sx * sw.T).bfloat16())
+    a, b = (QTensor(q, s, spec=spec('int8/row'), cols=d) for q, s in ((x, sx), (w, sw)))
+    fused = torch.compile(lambda: quant.matmul(a, b, 'int8', torch.bfloat16), options=TUNED)
+    return ({'epilogue': lambda: fused, 'bf16': lambda: lambda: xb @ wb.T,
+             'then scale': lambda: lambda: scale(torch._int_mm(x, w.T))},
+            {'epilogue': 2 * n * d * m / rates()['int8']})
+
+
+def training(size):
+    """Training steps of a gpt2, context 1024, vocabulary 50304: a micro-batch of 16, 8 or 4
+    sequences (124M, 350M, 1.5B) and an optimizer step; ours, and nanoGPT compiled. torchao's int8
+    is swapped into nanoGPT, with all weights in bfloat16."""
+    args, vocab = SIZES[size], 50304
+    torch.set_float32_matmul_precision('high')          # as nanoGPT's train.py does
+    return ({'bf16': lambda: our_step(args, vocab),
+             'int8': lambda: our_step([*INT8, *args, '--backward=fold'], vocab),
+             'fp8': lambda: our_step([*FP8, *args, '--backward=fold'], vocab),
+             'nanoGPT': lambda: nanogpt_step(args, vocab),
+             'torchao': lambda: nanogpt_step(args, vocab, int8=True)},
+            {kind: flops_time(args, vocab, kind, 'bf16') for kind in ('bf16', 'int8', 'fp8')
+             if kind in rates()})
+
+
+def peak_memory():
+    """Peak bytes of a training step at 350M, context 1024, batch 8: direct ternary training with
+    an update in the backward; 8-bit states and activations; bfloat16 and float32 AdamW."""
+    def peak(*args):
+        free()
+        step = our_step([*args, *SIZES['350M']], 50304)
+        for i in range(5):
+            if i == 2:                                  # by now all is compiled
+                torch.cuda.reset_peak_memory_stats()
+            step()
+        return torch.cuda.max_memory_allocated()
+
+    in_backward = ['config/ternary.py', '--compute=int8', '--update_in_backward=True']
+    return {'ternary': lambda: peak(*in_backward), 'bf16': peak,
+            '8 bits': lambda: peak('config/adam8.py', *INT8)}, {}
+
+
+TABLE = [  # comparison, device, rows: (name, our side, other side, bar, stretch)
+    (stochastic_rounding, 'cpu', [
+        ('CPU: stochastic rounding by hash, to rand_like', 'hash', 'rand_like', 4, 8)]),
+    (linear_forward, 'cpu', [
+        ('CPU: quantized linear forward 4096x768x3072, to fake-quant', 'int8', 'float', 2, 4)]),
+    (small_training, 'cpu', [
+        ('CPU: W8A8 training step, to fp32', 'w8a8', 'fp32', 1.3, 1.8),
+        ('CPU: W8A8 training step, to bf16', 'w8a8', 'bf16', None, None),
+        ('CPU: full precision, to nanoGPT', 'fp32', 'nanoGPT', 0.97, 1.05),
+        ('CPU: full precision, both compiled', 'fp32 compiled', 'nanoGPT compiled', None, None)]),
+    (functools.partial(optimizer_step, 512, 4), 'cpu', [
+        ('CPU: 8-bit AdamW, to torchao', '8-bit', 'torchao', 10, 20),
+        ('CPU: 8-bit AdamW, to bitsandbytes', '8-bit', 'bitsandbytes', 5, 10),
+        ('CPU: 8-bit AdamW, to torch fused fp32', '8-bit', 'fused', None, None),
+        ('CPU: ternary packed update, to torch fused fp32', 'ternary', 'fused', None, None)]),
+    (compilations, 'any', [
+        ('recompilations after step 3', 'recompilations', None, 0, None),
+        ('graph breaks', 'graph breaks', None, 0, None)]),
+    (row_quantize, 'cuda', [
+        ('GPU: row quantize, share of copy bandwidth', 'quantize', 'copy', 0.8, 0.92)]),
+    (int8_matmul, 'cuda', [
+        ('GPU: int8 matmul, scaled, D = 1600, to bf16', 'epilogue', 'bf16', 1.4, 1.75),
+        ('GPU: int8 matmul, scaled, D = 1600, to _int_mm', 'epilogue', 'then scale', 1.3, 1.7)]),
+    (functools.partial(optimizer_step, 1600, 48), 'cuda', [
+        ('GPU: 8-bit AdamW, 1.5B, to torch fused fp32', '8-bit', 'fused', 1.4, 1.65),
+        ('GPU: 8-bit AdamW, 1.5B, to bitsandbytes', '8-bit', 'bitsandbytes', 1.2, 1.5),
+        ('GPU: 8-bit AdamW, 1.5B, to torchao', '8-bit', 'torchao', 1.3, 2),
+        ('GPU: ternary packed update, to torch fused fp32', 'ternary', 'fused', 2.5, 3.5)]),
+    (functools.partial(training, '124M'), 'cuda', [
+        ('GPU: bf16 training, 124M, to nanoGPT', 'bf16', 'nanoGPT', 1.05, 1.15),
+        ('GPU: int8 training, 124M, to own bf16', 'int8', 'bf16', 1.0, 1.1),
+        ('GPU: int8 training, 124M, to torchao', 'int8', 'torchao', 1.05, 1.12)]),
+    (peak_memory, 'cuda', [
+        ('GPU: peak training memory, 350M, ternary, to bf16', 'ternary', 'bf16', 0.7, 0.55),
+        ('GPU: peak training memory, 350M, 8 bits, to bf16', '8 bits', 'bf16', None, None)]),
+    (functools.partial(training, '350M'), 'cuda', [
+        ('GPU: bf16 training, 350M, to nanoGPT', 'bf16', 'nanoGPT', 1.05, 1.15),
+        ('GPU: int8 training, 350M, to own bf16', 'int8', 'bf16', 1.05, 1.2)]),
+    (functools.partial(training, '1.5B'), 'cuda', [
+        ('GPU: bf16 training, 1.5B, to nanoGPT', 'bf16', 'nanoGPT', 1.05, 1.15),
+        ('GPU: int8 training, 1.5B, to own bf16', 'int8', 'bf16', 1.15, 1.3),
+        ('GPU: fp8 training, 1.5B, to own bf16', 'fp8', 'bf16', 1.1, 1.25)]),
+]
+
+
+def header():
+    """Where and when this is measured."""
+    versions = {'python': platform.python_version(), 'cuda': torch.version.cuda}
+    for name in ('torch', 'triton', 'torchao', 'bitsandbytes'):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    git, commit = ['git', '-C', ROOT, 'describe', '--always', '--dirty', '--exclude=*'], ''
+    if shutil.which('git'):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {'machine': machine(), 'gpu': torch.cuda.get_device_name() if CUDA else None,
+            'threads': torch.get_num_threads(), 'date': str(date.today()), 'commit': commit,
+            'versions': versions, 'quick': options.quick, 'rates': rates()}
+
+
+def write(kind, content):
+    """Write JSON to the results; the name of the file says on which machine."""
+    name = re.sub('[^a-z0-9]+', '-', (content['gpu'] or content['machine']).lower())
+    path = RESULTS / f'{kind}-{name}.json'
+    path.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    return path
+
+
+def line(r):
+    """A result as a row of the table."""
+    def size(side):
+        if f'{side}_seconds' in r:
+            return f'{r[f"{side}_seconds"] * 1e3:.3g} ms'
+        n = r.get(f'{side}_amount')
+        return '' if n is None else f'{n / 2 ** 30:.2f} GiB' if n > 1e6 else str(n)
+
+    goals = [f'{r[k]:.3g}' if r.get(k) is not None else '' for k in ('ratio', 'bar', 'stretch')]
+    limit = f'{r["limit_seconds"] * 1e3:.3g} ms ({r["limit"]:.3g})' if 'limit' in r else ''
+    cells = r['name'], size('ours'), size('other'), *goals, limit, r['verdict']
+    return f'| {" | ".join(cells)} |'
+
+
+def reason(row, device, late):
+    """Why a row does not run now, or ''."""
+    if device == 'cuda' and not CUDA:
+        return 'needs a GPU'
+    if device == 'cpu' and CUDA:
+        return 'for machines without a GPU'
+    if late:
+        return f'{options.minutes:g} minutes are over'
+    return 'not in --quick' if options.quick and row[3] is None else ''
+
+
+def bench():
+    began, results, head = time.time(), [], header()
+    print({name: f'{rate / 1e9:.4g} G/s' for name, rate in rates().items()}, file=sys.stderr)
+    print('| row | ours | other | ratio | bar | stretch | limit | verdict |\n|' + '---|' * 8)
+    for comparison, device, rows in TABLE:
+        late = time.time() - began > 60 * options.minutes
+        rows = {row: reason(row, device, late) for row in rows if options.rows in row[0]}
+        run = [row for row, skip in rows.items() if not skip]
+        new = compare(comparison, run) if run else []
+        new += [empty(row, f'skipped: {skip}') for row, skip in rows.items() if skip]
+        for result in new:
+            print(line(result), flush=True)
+        results += new
+        path = write('bench-rows' if options.rows else 'bench',
+                     {**head, 'seconds': round(time.time() - began), 'rows': results})
+        free()
+    print(f'{path}: {time.time() - began:.0f} s', file=sys.stderr)
+
+
+def curves():
+    """Seconds a token and bytes a weight of the blocks, by strategy, against width and context, of
+    a gpt2 of 2 layers and vocabulary 4096, as train.py runs it on this machine."""
+    head, points, tokens = header(), [], 2 ** 15 if CUDA else 2 ** 11
+    settings = [('width', n, n, 256) for n in (128, 256, 512, 768, 1024)]
+    settings += [('context', n, 256, n) for n in (128, 256, 512, 1024, 2048)]
+    for axis, value, width, context in settings:
+        args = ['--flavour=gpt2', '--n_layer=2', f'--n_embd={width}', f'--block_size={context}',
+                f'--batch_size={tokens // context}']
+        steps = {name: our_step([*how, *args]) for name, how in STRATEGIES.items()}
+        for step in steps.values():
+            for _ in range(3):
+                step()
+        for name, samples in take_turns(steps).items():
+            size = held(steps[name].model, steps[name].optimizer)['linear']
+            points.append({'axis': axis, 'value': value, 'strategy': name, 'samples': len(samples),
+                           'seconds_a_token': statistics.median(samples) / tokens,
+                           'bytes_a_weight': size['weights'] + size['optimizer']})
+            print(points[-1], file=sys.stderr)
+        path = write('curves', {**head, 'tokens': tokens, 'points': points})
+        del steps, step
+        free()
+    plot(path)
+
+
+def plot(path):
+    """Draw a file of curves to cost.png beside it."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    data = json.loads(path.read_text(encoding='utf-8'))
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout='constrained')
+    for panel, axis, label in zip(panels, ('width', 'context'),
+                                  ('width (context 256)', 'context in tokens (width 256)')):
+        for name in STRATEGIES:
+            points = [p for p in data['points'] if p['axis'] == axis and p['strategy'] == name]
+            panel.plot([p['value'] for p in points], [p['seconds_a_token'] * 1e6 for p in points],
+                       'o-', label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
+        panel.set(xscale='log', yscale='log', xlabel=label)
+        panel.set_xticks([p['value'] for p in points], [str(p['value']) for p in points])
+        panel.grid(alpha=0.3)
+        panel.minorticks_off()
+    times = [p['seconds_a_token'] * 1e6 for p in data['points']]
+    ticks = [m * 10.0 ** e for e in range(-4, 5) for m in (1, 2, 5)]
+    ticks = [t for t in ticks if min(times) / 2 < t < max(times) * 2]
+    panels[0].set_yticks(ticks, [f'{t:g}' for t in ticks])
+    panels[0].set_ylabel('microseconds a token of training')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
+                  title='bytes a weight of the blocks: weights + optimizer states')
+    figure.suptitle(f'Time a token: {data["gpu"] or data["machine"]}, torch '
+                    f'{data["versions"]["torch"]}, {data["date"]}')
+    figure.savefig(RESULTS / 'cost.png', dpi=120)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true')
+    parser.add_argument('--curves', action='store_true')
+    parser.add_argument('--nanogpt', metavar='PATH')
+    parser.add_argument('--rows', metavar='WORD')
+    parser.add_argument('--minutes', metavar='N', type=float)
+    parser.parse_args(namespace=options)
+    options.nanogpt = options.nanogpt and os.path.abspath(options.nanogpt)
+    os.chdir(ROOT)                                      # where config/ is
+    torch._dynamo.config.recompile_limit = 64           # several models in one process
+    curves() if options.curves else bench()
