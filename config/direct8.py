@@ -6,3 +6,4 @@ adam_v = 'factored'
 code_lr = 0.01
 threshold = 0.0
 beta2 = 0.999
+compute = 'int8'

@@ -8,3 +8,4 @@ learning_rate = 6e-3    # of embeddings and norms
 beta2 = 0.999
 code_lr = 0.1
 init_gain = 0.7
+compute = 'int8'

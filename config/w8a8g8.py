@@ -2,3 +2,5 @@
 weights = 'int8/row'
 activations = 'int8/row'
 gradients = 'int8/row/stochastic'
+backward = 'fold'
+compute = 'int8'
