@@ -14,7 +14,8 @@ of these can be quantized, and a string says how: 'int8/row', 'ternary/tensor/ab
     Spec, QTensor         how a tensor is quantized; what is stored of it: packed codes and scales
     uniform               the noise of stochastic rounding: a hash of (seed, step, index)
     quantize, dequantize  the two verbs; fake_quant is both in a row
-    Matmul, Linear        weights, activations and gradients, with the straight-through estimator
+    matmul, Matmul        of weights, activations and gradients, as floats or on their codes
+    Linear                with the straight-through estimator, or a low-bit weight and no other
     KVCache               keys and values
     AdamW                 optimizer states, low-bit masters and the direct ternary update
     held, health          the bytes really held, and what quantization does to a model
@@ -414,7 +415,7 @@ TUNED = {'max_autotune_gemm': True}     # to inductor: scales fuse only into Tri
 def _row_scale(q):
     """The scale of each row, (rows, 1), where rows have their own or share that of their part."""
     rows, n = q.codes.shape[0], q.scale.shape[0]
-    return q.scale.expand(n, rows // n).contiguous().view(-1).unsqueeze(1)
+    return q.scale.expand(n, rows // n).contiguous().view(-1).unsqueeze(1)  # strides (1, 1)
 
 
 def matmul(a, b, compute, dtype, bias=None):
@@ -449,8 +450,9 @@ def int_matmul(a, b):
     if a.is_cuda:                       # cuBLAS wants more than 16 rows, and multiples of 8
         a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - M)))
         b = F.pad(b, (0, -b.shape[1] % 8, 0, -N % 8))
-    y = sum(torch._int_mm(p, q.T).float() for p, q in zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1)))
-    return y[:M, :N]
+    y, *more = (torch._int_mm(p, q.T).float()
+                for p, q in zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1)))
+    return sum(more, y)[:M, :N]
 
 
 def operands(x, w, how, key):
@@ -473,12 +475,13 @@ def backward_matmul(g, q, how, key, transposed):
     """g^ w^ for dx, or g^T x^ (transposed) for dw, on codes: q = w or x; g (N, out).
 
     The sum is over the rows of q, which have scales of their own, so those do not come out of it.
-    Either g takes them in, or q is quantized anew, with a scale a column (in = any of its columns):
+    Either g takes them in, or q is quantized anew, with a scale a column:
 
         fold          dx = Q(g s_w) codes(w)        dw = Q(g s_x)^T codes(x)
         requantize    dx = Q(g) Q(w^)               dw = Q(g)^T Q(x^)
 
-    Q(g) has a scale a row for dx, a column for dw. For a per-tensor s_w folding is exact."""
+    Q(g) has a scale a row for dx, a column for dw. Folding reuses the codes of the forward, and
+    costs accuracy in dw where some tokens of x are far larger than others."""
     dtype, grid = g.dtype, 'int8' if q.spec.grid in INTEGERS else 'fp8'
     if how.backward == 'fold':
         g = g.float() * (_row_scale(q) if transposed else _row_scale(q).T)
@@ -553,8 +556,8 @@ def cross_entropy(x, w, targets, how, key, weight):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x (N, in), w (vocab, in) and targets (N,), a chunk of tokens at a time:
-    the logits of a chunk and their gradients go before those of the next come. What is kept for
+    """Mean cross-entropy of x (N, in), w (vocab, in), targets (N,), a chunk of tokens at a time:
+    the logits of one, and their gradients, go before those of the next come. What is kept for
     the backward is dx and dw, already finished."""
 
     @staticmethod
@@ -716,7 +719,7 @@ def direction(m, v, h):
 
 def factor(g, row, col, h):
     """row_i, col_j <- beta2 row_i, col_j + (1 - beta2) mean of g_ij^2 over j, over i, in place;
-    then v_ij = row_i col_j / mean(row), and mean(row) is returned (Adafactor, arXiv 1804.04235)."""
+    then v_ij = row_i col_j / mean(row), and mean(row) is returned (Adafactor, arXiv 1804.04235)"""
     g2 = (h.clip * g.float()).square()
     row.lerp_(g2.mean(1, keepdim=True), 1 - h.beta2)
     col.lerp_(g2.mean(0, keepdim=True), 1 - h.beta2)
@@ -740,8 +743,8 @@ def update(wq, g, mq, vq, h, key, start, code_units):
         q <- clip(SR(q - lr r), -1, 1): a code moves a level against r with probability lr |r|
 
     Factored, v is (row, col, mean): row col / mean. `start` is the index of the first element in
-    the noise. Returns dL/d log s = sum g w over what shares a scale
-    (or None), and how many codes changed (or None)."""
+    the noise. Returns dL/d log s = sum g w over what shares a scale (or None), and how many codes
+    changed (or None)."""
     w, g = dequantize(wq), h.clip * g.float()
     m = h.beta1 * dequantize(mq) + (1 - h.beta1) * g
     if isinstance(vq, QTensor):
@@ -884,9 +887,10 @@ class AdamW:
             key = layer is not None, p.dim() > 1, columns, name if alone else ''
             found.setdefault(key, []).append((name, p, layer))
         learn = code_lr > 0 and scale_lr > 0
-        self.groups = [
-            Group(members, *((adam_m, adam_v) if linear else ('', '')), learn, matrix, flat, compiled)
-            for (linear, matrix, *_), members in found.items()]
+        self.groups = []
+        for (linear, matrix, *_), members in found.items():
+            m, v = (adam_m, adam_v) if linear else ('', '')
+            self.groups.append(Group(members, m, v, learn, matrix, flat, compiled))
         self.where = {p: (group, *span) for group in self.groups
                       for p, span in zip(group.params, group.spans)}
         self.zero_grad()
@@ -1003,11 +1007,12 @@ class AdamW:
         mine, saved = self.state_dict()['state'], state['state']
         if saved.keys() != mine.keys():
             raise ValueError('the optimizer state is of another model')
-        for name in mine:
-            if [(t.shape, t.dtype) for t in mine[name]] != [(t.shape, t.dtype) for t in saved[name]]:
+        for name, tensors in mine.items():
+            kinds = [[(t.shape, t.dtype) for t in state] for state in (tensors, saved[name])]
+            if kinds[0] != kinds[1]:
                 raise ValueError(f'the optimizer state of {name} is stored in another way; '
                                  'use the same adam_m, adam_v and master')
-            for t, s in zip(mine[name], saved[name]):
+            for t, s in zip(tensors, saved[name]):
                 t.copy_(s)
         self.t, self.momentum, self.noise = state['t'], state['momentum'], state['noise']
 
@@ -1063,8 +1068,8 @@ def _damage(x, how, parts=1):
 
 @torch.no_grad()
 def health(model, *inputs):
-    """Of each Linear that quantizes, on one batch: what its Specs do to weight and input, and how the codes of a
-    low-bit master share the levels. {layer: {'weights', 'activations', 'levels'}}."""
+    """Of each Linear that quantizes, on one batch: what its Specs do to weight and input, and how
+    the codes of a low-bit master share the levels: {layer: {'weights', 'activations', ..}}."""
     report, hooks = {}, []
 
     def look(name):

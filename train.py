@@ -693,8 +693,9 @@ class Run:
         generator = torch.Generator(self.device).manual_seed(config.seed)
         self.model.eval()
         with torch.compiler.set_stance('force_eager'):               # shapes change every token
-            tokens = self.model.generate(idx, config.sample_tokens, generator=generator)[0].tolist()
-        return enc.decode([t for t in tokens if t < self.meta['vocab_size']])    # no padding
+            tokens = self.model.generate(idx, config.sample_tokens, generator=generator)[0]
+        tokens = [t for t in tokens.tolist() if t < self.meta['vocab_size']]     # no padding
+        return enc.decode(tokens)
 
     def finish(self):
         """The last evaluation, over all of val up to 2^22 tokens, a sample, and a summary."""

@@ -5,7 +5,6 @@ How fast it is, beside its peers and the limits of the machine: python -m experi
     --nanogpt=PATH    nanoGPT's model.py, for the rows that compare with it
     --rows=WORD       only rows with WORD in their name; results go to a file of their own
     --minutes=N       start no further comparison after so many minutes
-    --curves          instead: time and memory against width and context, and a plot of them
 
 Prints a table and writes experiments/results/bench-<machine>.json. All sides of a comparison take
 turns in one process; a ratio is of medians, the other side's time over ours, so more is better; of
@@ -47,8 +46,6 @@ DEVICE = torch.device('cuda' if CUDA else 'cpu')
 ROUNDS = 20                                             # samples of each side
 INT8 = ['config/w8a8.py', '--compute=int8']
 FP8 = ['--weights=fp8/row', '--activations=fp8/row', '--compute=fp8']
-STRATEGIES = {'baseline': [], 'w8a8': INT8, 'ternary': ['config/ternary.py'],
-              'adam8': ['config/adam8.py']}
 SIZES = {'124M': ['config/gpt2.py', '--batch_size=16'],
          '350M': ['config/gpt2_medium.py', '--batch_size=8'],
          '1.5B': ['config/gpt2_xl.py', '--batch_size=4']}
@@ -559,65 +556,10 @@ def bench():
     print(f'{path}: {time.time() - began:.0f} s', file=sys.stderr)
 
 
-def curves():
-    """Seconds a token and bytes a weight of the blocks, by strategy, against width and context, of
-    a gpt2 of 2 layers and vocabulary 4096, as train.py runs it on this machine."""
-    head, points, tokens = header(), [], 2 ** 15 if CUDA else 2 ** 11
-    settings = [('width', n, n, 256) for n in (128, 256, 512, 768, 1024)]
-    settings += [('context', n, 256, n) for n in (128, 256, 512, 1024, 2048)]
-    for axis, value, width, context in settings:
-        args = ['--flavour=gpt2', '--n_layer=2', f'--n_embd={width}', f'--block_size={context}',
-                f'--batch_size={tokens // context}']
-        steps = {name: our_step([*how, *args]) for name, how in STRATEGIES.items()}
-        for step in steps.values():
-            for _ in range(3):
-                step()
-        for name, samples in take_turns(steps).items():
-            size = held(steps[name].model, steps[name].optimizer)['linear']
-            points.append({'axis': axis, 'value': value, 'strategy': name, 'samples': len(samples),
-                           'seconds_a_token': statistics.median(samples) / tokens,
-                           'bytes_a_weight': size['weights'] + size['optimizer']})
-            print(points[-1], file=sys.stderr)
-        path = write('curves', {**head, 'tokens': tokens, 'points': points})
-        del steps, step
-        free()
-    plot(path)
-
-
-def plot(path):
-    """Draw a file of curves to cost.png beside it."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    data = json.loads(path.read_text(encoding='utf-8'))
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout='constrained')
-    for panel, axis, label in zip(panels, ('width', 'context'),
-                                  ('width (context 256)', 'context in tokens (width 256)')):
-        for name in STRATEGIES:
-            points = [p for p in data['points'] if p['axis'] == axis and p['strategy'] == name]
-            panel.plot([p['value'] for p in points], [p['seconds_a_token'] * 1e6 for p in points],
-                       'o-', label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
-        panel.set(xscale='log', yscale='log', xlabel=label)
-        panel.set_xticks([p['value'] for p in points], [str(p['value']) for p in points])
-        panel.grid(alpha=0.3)
-        panel.minorticks_off()
-    times = [p['seconds_a_token'] * 1e6 for p in data['points']]
-    ticks = [m * 10.0 ** e for e in range(-4, 5) for m in (1, 2, 5)]
-    ticks = [t for t in ticks if min(times) / 2 < t < max(times) * 2]
-    panels[0].set_yticks(ticks, [f'{t:g}' for t in ticks])
-    panels[0].set_ylabel('microseconds a token of training')
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
-                  title='bytes a weight of the blocks: weights + optimizer states')
-    figure.suptitle(f'Time a token: {data["gpu"] or data["machine"]}, torch '
-                    f'{data["versions"]["torch"]}, {data["date"]}')
-    figure.savefig(RESULTS / 'cost.png', dpi=120)
-
-
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true')
-    parser.add_argument('--curves', action='store_true')
     parser.add_argument('--nanogpt', metavar='PATH')
     parser.add_argument('--rows', metavar='WORD')
     parser.add_argument('--minutes', metavar='N', type=float)
@@ -625,4 +567,4 @@ if __name__ == '__main__':
     options.nanogpt = options.nanogpt and os.path.abspath(options.nanogpt)
     os.chdir(ROOT)                                      # where config/ is
     torch._dynamo.config.recompile_limit = 64           # several models in one process
-    curves() if options.curves else bench()
+    bench()

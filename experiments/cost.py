@@ -1,0 +1,87 @@
+"""
+What training costs against the size of the model and the context: python -m experiments.cost
+
+Seconds a token and bytes a weight of the blocks, by strategy, of a gpt2 of 2 layers, as train.py
+runs it on this machine. The strategies of a point take turns in one process. Writes
+experiments/results/cost-<machine>.json, and cost.png from it; --plot=FILE only draws.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from experiments.bench import CUDA, free, header, our_step, take_turns, write
+from experiments.runs import RESULTS, ROOT
+from quant import held
+
+STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': [],
+              'w8a8 + adam8': ['config/w8a8.py', 'config/adam8.py'],
+              'ternary': ['config/ternary.py']}
+WIDTHS, CONTEXTS = (128, 256, 512, 768, 1024), (128, 256, 512, 1024, 2048)
+
+
+def measure():
+    """The file that the points went to."""
+    head, points, tokens = header(), [], 2 ** 15 if CUDA else 2 ** 11
+    settings = [('width', n, n, 256) for n in WIDTHS]
+    settings += [('context', n, 256, n) for n in CONTEXTS]
+    for axis, value, width, context in settings:
+        args = ['--flavour=gpt2', '--n_layer=2', f'--n_embd={width}', f'--block_size={context}',
+                f'--batch_size={tokens // context}']
+        steps = {name: our_step([*how, *args]) for name, how in STRATEGIES.items()}
+        for step in steps.values():
+            for _ in range(3):
+                step()
+        for name, samples in take_turns(steps).items():
+            size = held(steps[name].model, steps[name].optimizer)['linear']
+            points.append({'axis': axis, 'value': value, 'strategy': name, 'samples': len(samples),
+                           'seconds_a_token': statistics.median(samples) / tokens,
+                           'bytes_a_weight': size['weights'] + size['optimizer']})
+            print(points[-1], file=sys.stderr)
+        path = write('cost', {**head, 'tokens': tokens, 'points': points})
+        del steps, step
+        free()
+    return path
+
+
+def plot(path):
+    """Draw a file of points to cost.png beside it."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    data = json.loads(path.read_text(encoding='utf-8'))
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout='constrained')
+    for panel, axis, label in zip(panels, ('width', 'context'),
+                                  ('width (context 256)', 'context in tokens (width 256)')):
+        for name in STRATEGIES:
+            points = [p for p in data['points'] if p['axis'] == axis and p['strategy'] == name]
+            panel.plot([p['value'] for p in points], [p['seconds_a_token'] * 1e6 for p in points],
+                       'o-', label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
+        panel.set(xscale='log', yscale='log', xlabel=label)
+        panel.set_xticks([p['value'] for p in points], [str(p['value']) for p in points])
+        panel.grid(alpha=0.3)
+        panel.minorticks_off()
+    times = [p['seconds_a_token'] * 1e6 for p in data['points']]
+    ticks = [m * 10.0 ** e for e in range(-4, 5) for m in (1, 2, 5)]
+    ticks = [t for t in ticks if min(times) / 2 < t < max(times) * 2]
+    panels[0].set_yticks(ticks, [f'{t:g}' for t in ticks])
+    panels[0].set_ylabel('microseconds a token of training')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
+                  title='bytes a weight of the blocks: weights + optimizer states')
+    figure.suptitle(f'Time a token: {data["gpu"] or data["machine"]}, torch '
+                    f'{data["versions"]["torch"]}, {data["date"]}')
+    figure.savefig(RESULTS / 'cost.png', dpi=120)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--plot', metavar='FILE', type=Path)
+    file = parser.parse_args().plot
+    os.chdir(ROOT)                                      # where config/ is
+    torch._dynamo.config.recompile_limit = 64           # several models in one process
+    plot(file or measure())
