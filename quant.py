@@ -389,6 +389,13 @@ class Recipe:
     compute: str = 'float'
     parts: int = 1
 
+    def __post_init__(self):
+        for name, good in (('gradients_in', ('both', 'dx', 'dw')),
+                           ('backward', ('ste', 'full', 'fold', 'requantize')),
+                           ('compute', ('float', 'int8', 'fp8'))):
+            if getattr(self, name) not in good:
+                raise ValueError(f"{name} = '{getattr(self, name)}': use {', '.join(good)}")
+
     def check(self, master):
         """Raises ValueError where codes are to be multiplied but the Specs do not allow it."""
         codes = {'weights (or master)': self.weights or master, 'activations': self.activations}
@@ -597,12 +604,6 @@ class Linear(nn.Module):
     def __init__(self, n_in, n_out, bias=False, weights='', activations='', gradients='',
                  gradients_in='both', backward='ste', compute='float', parts=1):
         super().__init__()
-        for name, value, good in (
-                ('gradients_in', gradients_in, ('both', 'dx', 'dw')),
-                ('backward', backward, ('ste', 'full', 'fold', 'requantize')),
-                ('compute', compute, ('float', 'int8', 'fp8'))):
-            if value not in good:
-                raise ValueError(f"{name} = '{value}': use one of {', '.join(good)}")
         self.how = Recipe(spec(weights), spec(activations), spec(gradients),
                           gradients_in, backward, compute, parts)
         for s, n in ((self.how.weights, n_in), (self.how.activations, n_in),
@@ -643,7 +644,6 @@ class Linear(nn.Module):
         autograd still wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
         expanded to that shape, in four bytes of memory. Call this on the device where it stays."""
         s = spec(master)
-        self.how.check(s)
         if s is None:
             return
         if s.sign == 'asymmetric' or s.map != 'linear' or s.grid[0] == 'u' or s.format:
@@ -817,15 +817,15 @@ class Group:
             else:
                 p.data = q.codes.view(p.shape)
         device = self.w.codes.device
-        zeros = torch.zeros(self.rows, self.cols, device=device)
-        self.m, self.factored = quantize(zeros, m), v == 'factored'
+        self.m, self.factored = self._zeros(m, device), v == 'factored'
         if self.factored:                                              # as `factor` says
-            self.v = zeros[:, :1].clone(), zeros[:1].clone()
+            shapes = (self.rows, 1), (1, self.cols)
+            self.v = tuple(torch.zeros(shape, device=device) for shape in shapes)
         else:
-            self.v = quantize(zeros.clone(), v)
+            self.v = self._zeros(v, device)
         learned = learn_scale and self.low_bit
         self.s = tuple(torch.zeros_like(self.w.scale) for _ in 'mv') if learned else ()
-        self.g = zeros.clone() if flat else None
+        self.g = torch.zeros(self.rows, self.cols, device=device) if flat else None
         # rows with scales of their own go a block at a time, as suits the cache of a CPU
         specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor)]
         shared = any(s is not None and s.shared for s in specs)
@@ -838,6 +838,15 @@ class Group:
         if layer is None:
             return QTensor(p.data.reshape(-1, 1), cols=1)
         return layer.stored()
+
+    def _zeros(self, how, device):
+        """Quantized zeros, made of one row of them."""
+        q = quantize(torch.zeros(1, self.cols, device=device), how)
+        own = q.scale is not None and not q.spec.shared                # each row its scales
+        codes, scale, zero = (
+            t.repeat(self.rows, *[1] * (t.dim() - 1)) if t is not None and (t is q.codes or own)
+            else t for t in q[:3])
+        return q._replace(codes=codes, scale=scale, zero=zero)
 
     def state(self, i):
         """Every tensor of the state of parameter i, in a fixed order, as views."""

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.tokenizer import encoding
 from model import GPT
-from quant import AdamW, KVCache, health, held, noise_key, shares, spec
+from quant import AdamW, KVCache, Recipe, health, held, noise_key, shares, spec
 
 
 @dataclass
@@ -231,6 +231,13 @@ def check(config):
                 fail(f'{key}: {e}')
             if s and key != 'adam_v' and s.grid[0] == 'u' and s.sign == 'symmetric':
                 fail(f"{key} = '{getattr(config, key)}' has no negatives; use int, or asymmetric")
+    try:
+        how = Recipe(*(spec(getattr(config, key)) for key in ('weights', 'activations',
+                       'gradients')), config.gradients_in, config.backward, config.compute)
+        for master in (config.master, '') if config.quantize_head else (config.master,):
+            how.check(spec(master))     # the head has no master
+    except ValueError as e:
+        fail(e)
     if config.code_lr and (not config.master or spec(config.master).grid == 'bf16'):
         fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
     if config.update_in_backward and config.grad_accum > 1:
