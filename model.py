@@ -183,10 +183,12 @@ class GPT(nn.Module):
 
     def compile(self):
         """torch.compile a block, once for all of them, and the loss, in place."""
-        on_gpu = self.wte.weight.is_cuda and self.config.compute == 'int8'
+        options = None
+        if self.config.compute == 'int8' and self.wte.weight.is_cuda:
+            options = TUNED
         for block in self.h:
-            block.compile(options=TUNED if on_gpu else None)
-        self.lm_head.cross_entropy = torch.compile(self.lm_head.cross_entropy)
+            block.compile(options=options)
+        self.lm_head.cross_entropy = torch.compile(self.lm_head.cross_entropy, options=options)
 
     def set_noise(self, *numbers):
         """Give every Linear its key for stochastic rounding, a function of (seed, step, ..)."""

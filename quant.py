@@ -376,7 +376,7 @@ class Recipe:
     weights, activations, gradients   Specs of w, x and g; None is full precision
     gradients_in   'dx', 'dw' or 'both': the matmuls of the backward that see g^ instead of g
     backward       'ste': they see x^ and w^, as the forward did; 'full': x and w; 'fold' and
-                   'requantize': their codes are multiplied, see `backward_matmul`
+                   'requantize': their codes are multiplied, see `matmul_on_codes`
     compute        'float': dequantized operands are multiplied; 'int8', 'fp8': the codes are
     The three meanings of "quantized gradients" in paper 1 and its code: straight-through as in the
     text is (ste, both); its released code is (full, dw); like SwitchBack is (full, dx).
@@ -404,16 +404,20 @@ class Recipe:
             codes['gradients'] = self.gradients
         elif self.compute == 'float':
             return
-        why = f"backward = '{self.backward}'" if on_codes else f"compute = '{self.compute}'"
+        first = self.weights or master
+        fp8 = first is not None and first.grid in FLOATS if self.compute == 'float' else \
+            self.compute == 'fp8'
         for name, s in codes.items():
-            if s is None or not s.factors or name == 'gradients' and s.group != 'row':
-                raise ValueError(f'{why} multiplies codes: {name} must be quantized to integers '
-                                 'or fp8, symmetric and linear, with a scale a row')
-        floats = {s.grid in FLOATS for s in codes.values()}
-        good = {'float': floats, 'int8': {False}, 'fp8': {True}}[self.compute]
-        if floats != good or len(floats) > 1:
-            raise ValueError(f"{why}, compute = '{self.compute}': weights (or master), "
-                             'activations and gradients must be all integers or all fp8')
+            gradient = name == 'gradients'
+            if s is None or not s.factors or (s.grid in FLOATS) != fp8 or \
+                    (s.group != 'row' if gradient else s.grid == 'fp8e5'):
+                kind = 'fp8' if fp8 else 'integers, symmetric and linear'
+                scales = 'a row' if gradient else 'a row or a tensor'
+                key, instead = ('backward', 'ste') if gradient or self.compute == 'float' else \
+                    ('compute', 'float')
+                raise ValueError(f"{key} = '{getattr(self, key)}' multiplies codes: quantize "
+                                 f"{name} to {kind}, with a scale {scales}; or {key} = "
+                                 f"'{instead}'")
 
 
 TUNED = {'max_autotune_gemm': True}     # to inductor: scales fuse only into Triton's int8 matmuls
@@ -428,21 +432,33 @@ def _row_scale(q):
 def matmul(a, b, compute, dtype, bias=None):
     """y = a^ b^T (+ bias) of QTensors a (M, K) and b (N, K), in dtype.
 
-    float        y = (s_a a) (s_b b)^T      dequantized, then multiplied in dtype
-    int8, fp8    y = s_a s_b (a b^T)        the codes are multiplied: int8 exactly, as int32
+    float    y = (s_a a) (s_b b)^T      dequantized, then multiplied in dtype
+    int8     y = s_a s_b (a b^T)        the codes are multiplied, exactly, as int32
+    fp8      y = s_a s_b (a b^T)        by the fp8 units, which round y to bfloat16
 
-    The second needs scales that are constant along K, and then reads a byte an element."""
+    int8 and fp8 need scales that are constant along K, and read a byte an element."""
     if compute == 'float':
         return F.linear(dequantize(a, dtype), dequantize(b, dtype), bias)
     s_a, s_b = _row_scale(a), _row_scale(b).T                               # (M, 1), (1, N)
     a, b = (unpack(q.codes, q.spec, q.cols) for q in (a, b))
-    if a.is_cuda:
-        a, b = a.contiguous(), b.contiguous()       # twice as fast when both lie along K
-    if compute == 'fp8':
-        y = torch._scaled_mm(a, b.T, s_a, s_b, out_dtype=torch.bfloat16)
+    M, N = len(a), len(b)
+    if a.is_cuda:       # both along K, more than 16 rows, and the other sides multiples of 16
+        a = _padded(a.contiguous(), -a.shape[1] % 16, max(0, 17 - M))
+        b = _padded(b.contiguous(), -b.shape[1] % 16, -N % 16)
+    if compute == 'int8':
+        y = int_matmul(a, b)[:M, :N] * s_a * s_b
     else:
-        y = int_matmul(a, b) * s_a * s_b
+        s_a, s_b = _padded(s_a, 0, len(a) - M), _padded(s_b, len(b) - N, 0)
+        y = torch._scaled_mm(a, b.T, s_a, s_b, out_dtype=torch.bfloat16)[:M, :N]
     return y.to(dtype) if bias is None else (y + bias).to(dtype)
+
+
+def _padded(x, columns, rows):
+    """x with so many columns and rows of zeros more; itself, not a copy, if there are none."""
+    if not columns and not rows:
+        return x
+    bits = x.view(torch.int8) if x.element_size() == 1 else x           # fp8 cannot be padded
+    return F.pad(bits, (0, columns, 0, rows)).view(x.dtype)
 
 
 INT_MM_CPU = 'AVX' in torch.backends.cpu.get_cpu_capability()    # elsewhere it is a plain loop
@@ -450,16 +466,12 @@ INT_MM_CPU = 'AVX' in torch.backends.cpu.get_cpu_capability()    # elsewhere it 
 
 def int_matmul(a, b):
     """a b^T of int8 codes, (M, K) and (N, K), as float32: int32 sums of up to 2^16 products, or
-    sums in float32 where there are no integer matmuls (exact below 2^24: K up to 1040)."""
-    M, N = a.shape[0], b.shape[0]
+    sums in float32 where there are no integer matmuls (exact below 2^24: K up to 1024)."""
     if not (a.is_cuda or a.device.type == 'cpu' and INT_MM_CPU):
         return a.float() @ b.float().T
-    if a.is_cuda:                       # cuBLAS wants more than 16 rows, and multiples of 8
-        a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - M)))
-        b = F.pad(b, (0, -b.shape[1] % 8, 0, -N % 8))
     y, *more = (torch._int_mm(p, q.T).float()
                 for p, q in zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1)))
-    return sum(more, y)[:M, :N]
+    return sum(more, y)
 
 
 def operands(x, w, how, key):
@@ -478,7 +490,7 @@ def _transpose(q):
     return QTensor(codes, q.scale.T, spec=plain, cols=codes.shape[1])
 
 
-def backward_matmul(g, q, how, key, transposed):
+def matmul_on_codes(g, q, how, key, transposed):
     """g^ w^ for dx, or g^T x^ (transposed) for dw, on codes: q = w or x; g (N, out).
 
     The sum is over the rows of q, which have scales of their own, so those do not come out of it.
@@ -499,7 +511,7 @@ def backward_matmul(g, q, how, key, transposed):
     return matmul(_transpose(g) if transposed else g, _transpose(q), how.compute, dtype)
 
 
-def gradients(g, x, w, how, key):
+def matmul_backward(g, x, w, how, key):
     """dx = g^ w^ (N, in) and dw = g^T x^ (out, in) of QTensors x, w and g = dL/dy (N, out)."""
     dtype, in_dx, in_dw = g.dtype, how.gradients_in != 'dw', how.gradients_in != 'dx'
     on_codes, gq = how.backward in ('fold', 'requantize'), g
@@ -507,11 +519,11 @@ def gradients(g, x, w, how, key):
         gq = torch.cat([fake_quant(part, how.gradients, key + 4 + i)
                         for i, part in enumerate(g.chunk(how.parts, -1))], -1)
     if on_codes and in_dx:
-        dx = backward_matmul(g, w, how, key + 2, transposed=False)
+        dx = matmul_on_codes(g, w, how, key + 2, transposed=False)
     else:
         dx = (gq if in_dx else g) @ dequantize(w, dtype)
     if on_codes and in_dw:
-        dw = backward_matmul(g, x, how, key + 3, transposed=True)
+        dw = matmul_on_codes(g, x, how, key + 3, transposed=True)
     else:
         dw = (gq if in_dw else g).T @ dequantize(x, dtype)
     return dx, dw
@@ -540,7 +552,7 @@ class Matmul(torch.autograd.Function):
     def backward(ctx, g):
         key, *saved = ctx.saved_tensors
         x, w = (QTensor(*saved[i:i + 4], s, ctx.cols) for i, s in zip((0, 4), ctx.specs))
-        dx, dw = gradients(g, x, w, ctx.how, key)
+        dx, dw = matmul_backward(g, x, w, ctx.how, key)
         return dx, dw, g.sum(0) if ctx.bias else None, None, None, None, None, None
 
 
@@ -550,16 +562,16 @@ def cross_entropy(x, w, targets, how, key, weight):
     x (n, in), w (vocab, in), targets (n,). weight None: no gradients. In float32 but for matmuls:
 
         L = logsumexp(z) - z[target],    dL/dz = softmax(z) - onehot(target),    z = x^ w^T"""
-    dtype = x.dtype
-    x, w = operands(QTensor(x, cols=x.shape[1]), QTensor(w, cols=x.shape[1]), how, key)
-    z = matmul(x, w, how.compute, dtype).float()                           # (n, vocab)
+    dtype, full = x.dtype, (QTensor(x, cols=x.shape[1]), QTensor(w, cols=x.shape[1]))
+    seen = operands(*full, how, key)
+    z = matmul(*seen, how.compute, dtype).float()                          # (n, vocab)
     log_sum, targets = z.logsumexp(1, keepdim=True), targets.unsqueeze(1)
     loss = (log_sum - z.gather(1, targets)).sum()
     if weight is None:
         return loss, None, None
     onehot = targets == torch.arange(z.shape[1], device=z.device)
     g = (weight * ((z - log_sum).exp() - onehot.float())).to(dtype)
-    return loss, *gradients(g, x, w, how, key)
+    return loss, *matmul_backward(g, *(full if how.backward == 'full' else seen), how, key)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -568,11 +580,10 @@ class CrossEntropy(torch.autograd.Function):
     the backward is dx and dw, already finished."""
 
     @staticmethod
-    def forward(ctx, x, w, targets, key, how, chunk):
-        N = n = len(x)
-        while n * len(w) > (2 ** 28 if x.is_cuda else 2 ** 20) and n % 2 == 0:
-            n //= 2                                                        # equal chunks
-        training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, x, w, targets, key, how, chunk, training):
+        N, most = len(x), 2 ** 28 if x.is_cuda else 2 ** 20                # elements of logits
+        chunks = max(1, math.ceil(N * len(w) / most))
+        n = N // next(c for c in range(min(chunks, N), N + 1) if N % c == 0)     # equal ones
         loss, dx, dw = 0.0, [], None
         for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):
             l_i, dx_i, dw_i = chunk(x_i, w, t_i, how, key + 8 * i, 1 / N if training else None)
@@ -587,7 +598,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dw * g, None, None, None, None
+        return dx * g, dw * g, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -625,10 +636,12 @@ class Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def loss(self, x, targets):
-        """Mean cross-entropy of the logits y, which never exist as a whole, with targets (...)."""
-        self.how.check(self.master)
+        """Mean cross-entropy of the logits y, which never exist as a whole, with targets (...), of
+        which all count. For a head, which has neither bias nor master."""
+        assert self.bias is None and self.master is None
+        self.how.check(None)
         return CrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), self.key,
-                                  self.how, self.cross_entropy)
+                                  self.how, self.cross_entropy, torch.is_grad_enabled())
 
     def stored(self):
         """The weight as it is stored: the master's codes and scale, or the parameter itself."""
@@ -893,7 +906,8 @@ class AdamW:
             specs = (spec(adam_m), v, layer.master) if layer else ()
             alone = any(s == 'factored' or s is not None and s.shared for s in specs)
             columns = p.shape[1] if layer else 1
-            key = layer is not None, p.dim() > 1, columns, name if alone else ''
+            stored = layer.master if layer else None
+            key = layer is not None, p.dim() > 1, columns, stored, name if alone else ''
             found.setdefault(key, []).append((name, p, layer))
         learn = code_lr > 0 and scale_lr > 0
         self.groups = []
@@ -978,7 +992,8 @@ class AdamW:
         for c in range(a, b, group.block):
             d = min(c + group.block, b)
             v = (group.v[0][c:d], group.v[1], mean) if group.factored else _take(group.v, c, d, n)
-            start = torch.full((), c * group.cols, dtype=torch.int32, device=device)
+            start = (c * group.cols + 2 ** 31) % 2 ** 32 - 2 ** 31      # wraps, as int32 does
+            start = torch.full((), start, dtype=torch.int32, device=device)
             w, m, g_cd = _take(group.w, c, d, n), _take(group.m, c, d, n), g[c - a:d - a]
             if self.compiled:
                 _vary_rows(d - c, g_cd, *w[:4], *m[:4], *v[:4])

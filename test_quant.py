@@ -403,38 +403,46 @@ def test_folding_costs_where_tokens_differ_in_size():
 
 
 @pytest.mark.parametrize('how, says', [
-    ({'compute': 'int8'}, 'compute = .int8. multiplies codes: weights'),
-    ({'compute': 'int8', 'weights': 'int8/row'}, 'activations must be'),
+    ({'compute': 'int8'}, 'compute = .int8. multiplies codes: quantize weights'),
+    ({'compute': 'int8', 'weights': 'int8/row'}, 'quantize activations to integers'),
     ({'compute': 'int8', 'weights': 'int8/16', 'activations': 'int8/row'}, 'weights .or master.'),
-    ({'compute': 'int8', 'weights': 'fp8/row', 'activations': 'fp8/row'}, 'all integers or'),
-    ({'compute': 'fp8', 'weights': 'int8/row', 'activations': 'int8/row'}, 'all integers or'),
-    ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row'}, 'gradients must be'),
+    ({'compute': 'int8', 'weights': 'fp8/row', 'activations': 'fp8/row'}, 'compute = .float.'),
+    ({'compute': 'fp8', 'weights': 'int8/row', 'activations': 'int8/row'}, 'to fp8, with'),
+    ({'compute': 'fp8', 'weights': 'fp8/row', 'activations': 'fp8e5/row'}, 'activations to fp8'),
+    ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row'}, 'backward = .ste.'),
     ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row',
-      'gradients': 'int8/tensor'}, 'gradients must be')])
+      'gradients': 'int8/tensor'}, 'gradients to integers, .* a scale a row; ')])
 def test_codes_that_cannot_be_multiplied(how, says):
     with pytest.raises(ValueError, match=says):
         Linear(32, 32, **how)(normal(4, 32))
 
 
-@pytest.mark.parametrize('n, vocab', [(14, 11), (512, 4096)])
-@pytest.mark.parametrize('quantized', [{}, {'weights': 'int8/row', 'activations': 'int8/row'}])
+@pytest.mark.parametrize('n, vocab', [(14, 11), (512, 4096), (510, 4096)])
+@pytest.mark.parametrize('quantized', [
+    {}, {'weights': 'int8/row', 'activations': 'int8/row'},
+    {'weights': 'int4/row', 'activations': 'int4/row', 'backward': 'full'}])
 def test_the_loss_in_chunks_is_cross_entropy(n, vocab, quantized):
     """Value and gradients; nowhere are there logits of more than 2^20 elements."""
     layer, x = Linear(16, vocab, **quantized), normal(2, n // 2, 16).requires_grad_()
     layer.weight.data *= 50
     targets = torch.randint(vocab, (2, n // 2), generator=torch.Generator().manual_seed(0))
     oracle = F.cross_entropy(layer(x).flatten(0, 1), targets.flatten())
-    largest = []
-    layer.cross_entropy = lambda x, w, *rest: (largest.append(len(x) * len(w))
-                                               or quant.cross_entropy(x, w, *rest))
+    largest, weights = [], []
+
+    def spy(x, w, *rest):
+        largest.append(len(x) * len(w))
+        weights.append(rest[-1])
+        return quant.cross_entropy(x, w, *rest)
+
+    layer.cross_entropy = spy
     loss = layer.loss(x, targets)
     assert torch.allclose(loss, oracle, rtol=1e-5) and max(largest) <= 2 ** 20
-    assert len(largest) == max(1, n * vocab // 2 ** 20)
+    assert len(largest) == math.ceil(n * vocab / 2 ** 20)               # no more than it takes
     ours, oracles = (torch.autograd.grad(3 * y, (x, layer.weight)) for y in (loss, oracle))
     for ours, theirs in zip(ours, oracles):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
     with torch.no_grad():
-        assert torch.equal(layer.loss(x, targets), loss)
+        assert torch.equal(layer.loss(x, targets), loss) and weights[-1] is None
 
 
 def test_absmax_gradients_are_mostly_zero():
@@ -643,6 +651,19 @@ def test_bytes_are_read_off_the_storages():
         assert size['linear']['gradients'] == 4 and size['gradients'] == 4 * 512 * 256
         tensors = [*net.parameters(), *net.buffers()]
         assert size['weights'] == sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def test_layers_stored_in_different_ways_keep_their_own():
+    net = torch.nn.Sequential(*(Linear(32, 32) for _ in range(4)))
+    for layer, master in zip(net, ('', 'int8/row', 'ternary/row', 'int8/row')):
+        layer.store_(master)
+    before = [dequantize(layer.stored()).clone() for layer in net]
+    optimizer = AdamW(net, learning_rate=1.0, adam_m='int8/row')
+    assert all(torch.equal(dequantize(m.stored()), w) for m, w in zip(net, before))
+    net(normal(8, 32)).square().sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(dequantize(m.stored()), w) for m, w in zip(net, before))
+    assert [len(group.params) for group in optimizer.groups] == [1, 2, 1]
 
 
 @pytest.mark.parametrize('name', ['baseline', 'ternary', 'adam4', 'dqt_paper', 'everything'])

@@ -70,14 +70,14 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    grad_clip: float = 1.0       # by global norm; 0: off
+    grad_clip: float = 1.0       # by global norm, or as update_in_backward says; 0: off
     # the direct update of low-bit masters, if code_lr > 0; else they too go by learning_rate
     code_lr: float = 0.0         # half ranges of the grid a step
     scale_lr: float = 0.01       # of their scales; 0: fixed
     threshold: float = 1.0       # no flips on evidence below so many deviations of the noise
     ramp: float = 20.0           # beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
     update_in_backward: bool = False  # update a weight when its gradient is there, and free that;
-                                 # grad_clip is then by the norm of each gradient
+                                 # grad_clip then goes by the norm of each gradient
 
     # the data
     dataset: str = 'python'      # folder in data/, or the path of one
@@ -398,14 +398,15 @@ def pick_dtype(config, device):
 
 
 def pick_compile(config, device):
-    """auto: on a GPU, and on a CPU with a C++ compiler for runs that are longer than compiling."""
-    if config.compile != 'auto':
-        return config.compile == 'yes'
-    if device.type not in ('cpu', 'cuda') or device.type == 'cpu' and config.max_iters < 500:
+    """auto: on a GPU, and on a CPU for runs that are longer than compiling; if it works."""
+    pays = device.type == 'cuda' or device.type == 'cpu' and config.max_iters >= 500
+    if config.compile == 'no' or config.compile == 'auto' and (config.eval_only or not pays):
         return False
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
-    except Exception:               # no compiler, no headers, ..: whatever it is, eager works
+    except Exception as e:          # no compiler, no headers, ..: whatever it is, eager works
+        if config.compile == 'yes':
+            fail(f'torch.compile does not work here ({type(e).__name__}: {e}); use --compile=no')
         return False
     return True
 
@@ -511,14 +512,14 @@ class Run:
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
         self.model = build(config, checkpoint, self.vocab_size, self.device)
         self.model.dtype = pick_dtype(config, self.device)
-        compiled = pick_compile(config, self.device)
-        if compiled:
+        self.compiled = pick_compile(config, self.device)
+        if self.compiled:
             self.model.compile()
         self.optimizer = AdamW(
             self.model, config.learning_rate, (config.beta1, config.beta2), config.eps,
             config.weight_decay, config.adam_m, config.adam_v, config.code_lr, config.scale_lr,
             config.threshold, config.ramp, config.seed,
-            self.device.type == 'cuda' and not config.update_in_backward, compiled)
+            self.device.type == 'cuda' and not config.update_in_backward, self.compiled)
         if config.update_in_backward:
             for p in self.model.parameters():
                 p.register_post_accumulate_grad_hook(self.update)
@@ -557,7 +558,8 @@ class Run:
             self.log.line(config=asdict(config), sha256=self.meta['sha256'], versions=versions)
         count = sum(p.numel() for p in self.model.parameters())
         self.log.say(f'{config.flavour} {config.n_layer}x{config.n_embd}, {count / 1e6:.2f}M '
-                     f'parameters, {versions["dtype"]} on {versions["device"]}, data '
+                     f'parameters, {versions["dtype"]}{", compiled" if self.compiled else ""} on '
+                     f'{versions["device"]}, data '
                      f'{config.dataset} {self.meta["sha256"][:12]}')
 
     @torch.no_grad()
@@ -565,14 +567,15 @@ class Run:
         """Loss in nats a token and bits a byte over windows spread over val, of `most` tokens."""
         T, B, data = self.config.block_size, self.config.batch_size, self.val_data
         n = max(1, min(most // T, (len(data) - 1) // T))
-        n -= n % (B * self.world) if n > B * self.world else 0       # whole batches: one shape
         starts = np.linspace(0, len(data) - 1 - T, n).astype(np.int64)
         total = torch.zeros(2, dtype=torch.float64)
         self.model.set_noise(self.config.seed, self.step, -1 - self.rank)
         self.model.eval()
         for i in range(self.rank * B, n, self.world * B):
             x, y = to_batch(data, starts[i:i + B], T, self.vocab_size, self.device)
-            total += torch.tensor([self.model(x, y).item() * len(x), len(x)], dtype=torch.float64)
+            with torch.compiler.set_stance('default' if len(x) == B else 'force_eager'):
+                loss = self.model(x, y).item()                       # one shape is compiled
+            total += torch.tensor([loss * len(x), len(x)], dtype=torch.float64)
         self.model.train()
         if self.world > 1:
             total = total.to(self.device)
@@ -613,7 +616,7 @@ class Run:
         self.norms.append(norm)
         p.grad = None
 
-    def gradients(self):
+    def forward_backward(self):
         """The gradients of a step, over all micro-steps and processes; (loss, wishes to stop)."""
         config, world = self.config, self.world
         starts = window_starts(config, self.step, len(self.train_data), world)
@@ -640,13 +643,13 @@ class Run:
         if self.config.update_in_backward:
             self.norms = []
             optimizer.begin(scale)
-            loss, stop = self.gradients()
+            loss, stop = self.forward_backward()
             self.check_finite(loss, 'loss')
             self.check_finite(torch.stack(self.norms).max().item(), 'norm of a gradient')
             optimizer.finish()
         else:
             optimizer.zero_grad()
-            loss, stop = self.gradients()
+            loss, stop = self.forward_backward()
             norm = torch.nn.utils.get_total_norm(optimizer.gradients()).item()
             self.check_finite(loss, 'loss')
             self.check_finite(norm, 'norm of the gradient')
