@@ -231,9 +231,9 @@ def check(config):
                 fail(f'{key}: {e}')
             if s and key != 'adam_v' and s.grid[0] == 'u' and s.sign == 'symmetric':
                 fail(f"{key} = '{getattr(config, key)}' has no negatives; use int, or asymmetric")
+    specs = [spec(getattr(config, key)) for key in ('weights', 'activations', 'gradients')]
     try:
-        how = Recipe(*(spec(getattr(config, key)) for key in ('weights', 'activations',
-                       'gradients')), config.gradients_in, config.backward, config.compute)
+        how = Recipe(*specs, config.gradients_in, config.backward, config.compute)
         for master in (config.master, '') if config.quantize_head else (config.master,):
             how.check(spec(master))     # the head has no master
     except ValueError as e:
@@ -559,8 +559,7 @@ class Run:
         count = sum(p.numel() for p in self.model.parameters())
         self.log.say(f'{config.flavour} {config.n_layer}x{config.n_embd}, {count / 1e6:.2f}M '
                      f'parameters, {versions["dtype"]}{", compiled" if self.compiled else ""} on '
-                     f'{versions["device"]}, data '
-                     f'{config.dataset} {self.meta["sha256"][:12]}')
+                     f'{versions["device"]}, data {config.dataset} {self.meta["sha256"][:12]}')
 
     @torch.no_grad()
     def evaluate(self, most):
