@@ -242,12 +242,16 @@ def _round(y, s, key, start):
         y = y.floor() + (u < y - y.floor()) if stochastic else y.round()
         return (y * spacing).clamp(-top, top)
     low, high = INTEGERS[s.grid]
-    root = y if s.map == 'linear' else y.abs().sqrt() if s.map == 'sqrt' else y.abs().sqrt().sqrt()
-    c = root if s.map == 'linear' else y.sign() * root
-    if stochastic or s.map == 'sqrt':              # up by chance, with E = y, or past the middle
+    c = y
+    if s.map == 'sqrt':             # nearest: c + 1 from the middle of c^2 and (c + 1)^2 on, so
+        a = y.abs() if stochastic else (y.abs() - 0.25).clamp(min=0)   # sqrt(y - 1/4) > c + 1/2
+        c = y.sign() * a.sqrt()
+    elif s.map == 'root4':
+        c = y.sign() * y.abs().sqrt().sqrt()
+    if stochastic:                  # up by chance, so that the mean is y
         c = c.floor()
         below = _levels(c, s)
-        c = c + ((u if stochastic else 0.5) * (_levels(c + 1, s) - below) < y - below)
+        c = c + (u * (_levels(c + 1, s) - below) < y - below)
     else:
         c = c.round()
     if s.map == 'root4':
@@ -843,7 +847,7 @@ class Group:
         # rows with scales of their own go a block at a time, as suits the cache of a CPU
         specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor)]
         shared = any(s is not None and s.shared for s in specs)
-        elements = 2 ** 28 if self.w.codes.is_cuda else 2 ** 20 if compiled else 2 ** 17
+        elements = 2 ** 28 if self.w.codes.is_cuda else 2 ** 18 if compiled else 2 ** 17
         self.block = self.rows if shared else max(1, elements // self.cols)
 
     @staticmethod
