@@ -245,9 +245,9 @@ def _round(y, s, key, start):
     c = y
     if s.map == 'sqrt':             # nearest: c + 1 from the middle of c^2 and (c + 1)^2 on, so
         a = y.abs() if stochastic else (y.abs() - 0.25).clamp(min=0)   # sqrt(y - 1/4) > c + 1/2
-        c = y.sign() * a.sqrt()
+        c = a.sqrt().copysign(y)
     elif s.map == 'root4':
-        c = y.sign() * y.abs().sqrt().sqrt()
+        c = y.abs().sqrt().sqrt().copysign(y)
     if stochastic:                  # up by chance, so that the mean is y
         c = c.floor()
         below = _levels(c, s)
@@ -732,7 +732,7 @@ def direction(m, v, h):
     """r = mhat / (sqrt(vhat) + eps), then sign(r) max(0, |r| - tau), none below the noise. The bias
     corrections are taken together, which saves two divisions an element."""
     r = m / (h.bias1 / h.bias2.sqrt() * v.sqrt() + h.bias1 * h.eps)
-    return r.sign() * (r.abs() - h.tau).clamp(min=0)
+    return (r.abs() - h.tau).clamp(min=0).copysign(r)
 
 
 def factor(g, row, col, h):
