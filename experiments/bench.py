@@ -43,7 +43,7 @@ from train import parse, pick_compile, pick_dtype
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
-ROUNDS = 20                                             # samples of each side
+ROUNDS, SECONDS = 20, 20          # at least so many samples of each side, over so long a time
 INT8 = ['config/w8a8.py', '--compute=int8']
 FP8 = ['config/w8a8g8.py', '--weights=fp8/row', '--activations=fp8/row',
        '--gradients=fp8e5/row/stochastic', '--compute=fp8']
@@ -70,10 +70,12 @@ def seconds(f, n=1):
 
 def take_turns(sides):
     """Samples of each side, in seconds a call, in the order ABC CBA ABC ..: drift hits all alike.
-    A sample is as many calls as take 10 ms."""
+    A sample is as many calls as take 10 ms; a loaded machine has quieter moments to wait for."""
     samples = {name: [] for name in sides}
     calls = {name: math.ceil(0.01 / max(1e-5, seconds(f))) for name, f in sides.items()}
-    for i in range(ROUNDS):
+    began, i = time.time(), 0
+    while i < ROUNDS or time.time() - began < SECONDS:
+        i += 1
         for name in list(sides)[::-1 if i % 2 else 1]:
             samples[name].append(seconds(sides[name], calls[name]))
     return samples
