@@ -21,7 +21,7 @@ from quant import held
 STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': [],
               'w8a8 + adam8': ['config/w8a8.py', 'config/adam8.py'],
               'ternary': ['config/ternary.py']}
-WIDTHS, CONTEXTS = (128, 256, 512, 768, 1024), (128, 256, 512, 1024, 2048)
+WIDTHS, CONTEXTS = (128, 256, 512, 1024), (128, 512, 2048)
 
 
 def measure():
