@@ -43,7 +43,7 @@ from train import parse, pick_compile, pick_dtype
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
-ROUNDS, SECONDS = 20, 20          # at least so many samples of each side, over so long a time
+ROUNDS, SECONDS = 20, 20    # at least so many samples of each side, over so long (quick: 0 s)
 INT8 = ['config/w8a8.py', '--compute=int8']
 FP8 = ['config/w8a8g8.py', '--weights=fp8/row', '--activations=fp8/row',
        '--gradients=fp8e5/row/stochastic', '--compute=fp8']
@@ -74,7 +74,7 @@ def take_turns(sides):
     samples = {name: [] for name in sides}
     calls = {name: math.ceil(0.01 / max(1e-5, seconds(f))) for name, f in sides.items()}
     began, i = time.time(), 0
-    while i < ROUNDS or time.time() - began < SECONDS:
+    while i < ROUNDS or not options.quick and time.time() - began < SECONDS:
         i += 1
         for name in list(sides)[::-1 if i % 2 else 1]:
             samples[name].append(seconds(sides[name], calls[name]))
