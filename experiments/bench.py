@@ -3,7 +3,7 @@ How fast it is, beside its peers and the limits of the machine: python -m experi
 
     --quick           under five minutes on two CPU cores: smaller models, some rows left out
     --nanogpt=PATH    nanoGPT's model.py, for the rows that compare with it
-    --rows=WORD       only rows with WORD in their name; results go to a file of their own
+    --rows=WORD       only rows with WORD in their name (this and --quick write files of their own)
     --minutes=N       start no further comparison after so many minutes
 
 Prints a table and writes experiments/results/bench-<machine>.json. All sides of a comparison take
@@ -556,7 +556,8 @@ def bench():
         for result in new:
             print(line(result), flush=True)
         results += new
-        path = write('bench-rows' if options.rows else 'bench',
+        part = '-rows' if options.rows else '-quick' if options.quick else ''
+        path = write('bench' + part,
                      {**head, 'seconds': round(time.time() - began), 'rows': results})
         free()
     print(f'{path}: {time.time() - began:.0f} s', file=sys.stderr)
