@@ -586,8 +586,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, targets, key, how, chunk, training):
         N, most = len(x), 2 ** 28 if x.is_cuda else 2 ** 20                # elements of logits
-        chunks = max(1, math.ceil(N * len(w) / most))
-        n = N // next(c for c in range(min(chunks, N), N + 1) if N % c == 0)     # equal ones
+        chunks = min(N, math.ceil(N * len(w) / most))
+        n = math.ceil(N / chunks)
         loss, dx, dw = 0.0, [], None
         for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):
             l_i, dx_i, dw_i = chunk(x_i, w, t_i, how, key + 8 * i, 1 / N if training else None)
@@ -729,8 +729,8 @@ class Hyper(NamedTuple):
 
 
 def direction(m, v, h):
-    """r = mhat / (sqrt(vhat) + eps), then sign(r) max(0, |r| - tau), none below the noise. The bias
-    corrections are taken together, which saves two divisions an element."""
+    """r = mhat / (sqrt(vhat) + eps), then sign(r) max(0, |r| - tau), none below the noise. Both
+    bias corrections are taken together, which saves two divisions an element."""
     r = m / (h.bias1 / h.bias2.sqrt() * v.sqrt() + h.bias1 * h.eps)
     return (r.abs() - h.tau).clamp(min=0).copysign(r)
 
@@ -860,11 +860,10 @@ class Group:
     def _zeros(self, how, device):
         """Quantized zeros, made of one row of them."""
         q = quantize(torch.zeros(1, self.cols, device=device), how)
-        own = q.scale is not None and not q.spec.shared                # each row its scales
+        shared = q.spec is not None and q.spec.shared                  # by all rows
         codes, scale, zero = (
-            t.repeat(self.rows, *[1] * (t.dim() - 1)) if t is not None and (t is q.codes or own)
-            else t for t in q[:3])
-        return q._replace(codes=codes, scale=scale, zero=zero)
+            None if t is None else t.repeat(self.rows, *[1] * (t.dim() - 1)) for t in q[:3])
+        return q._replace(codes=codes) if shared else QTensor(codes, scale, zero, *q[3:])
 
     def state(self, i):
         """Every tensor of the state of parameter i, in a fixed order, as views."""

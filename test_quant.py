@@ -417,7 +417,7 @@ def test_codes_that_cannot_be_multiplied(how, says):
         Linear(32, 32, **how)(normal(4, 32))
 
 
-@pytest.mark.parametrize('n, vocab', [(14, 11), (512, 4096), (510, 4096)])
+@pytest.mark.parametrize('n, vocab', [(14, 11), (512, 4096), (2 * 257, 4096)])
 @pytest.mark.parametrize('quantized', [
     {}, {'weights': 'int8/row', 'activations': 'int8/row'},
     {'weights': 'int4/row', 'activations': 'int4/row', 'backward': 'full'}])
@@ -700,7 +700,7 @@ def test_flat_or_freed_gradients_give_the_same_step(name):
     assert all(map(torch.equal, ends[0], ends[1])) and all(map(torch.equal, ends[0], ends[2]))
 
 
-def test_freed_gradients_leave_less_than_three_bytes_a_weight():
+def test_freed_gradients_leave_less_than_two_bytes_a_weight():
     model, x = gpt('config/ternary.py', n_layer=4, n_embd=256, hidden=768), tokens(2, 32)
     optimizer, peaks = AdamW(model, adam_m='int8/row', adam_v='factored', code_lr=0.1), []
 
@@ -714,7 +714,7 @@ def test_freed_gradients_leave_less_than_three_bytes_a_weight():
     optimizer.begin()
     model(x, x).backward()
     optimizer.finish()
-    assert len(peaks) == len(optimizer.where) and 1.3 < max(peaks) < 3
+    assert len(peaks) == len(optimizer.where) and 1.3 < max(peaks) < 2
 
 
 @pytest.mark.parametrize('kwargs', [

@@ -437,6 +437,14 @@ def build(config, checkpoint, vocab_size, device):
     return model
 
 
+def make_optimizer(config, model, device, compiled):
+    """AdamW as the config says; on a GPU its gradients lie flat, unless they are freed at once."""
+    flat = device.type == 'cuda' and not config.update_in_backward
+    return AdamW(model, config.learning_rate, (config.beta1, config.beta2), config.eps,
+                 config.weight_decay, config.adam_m, config.adam_v, config.code_lr,
+                 config.scale_lr, config.threshold, config.ramp, config.seed, flat, compiled)
+
+
 def run_files(config):
     return [os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'log.jsonl')]
 
@@ -515,11 +523,7 @@ class Run:
         self.compiled = pick_compile(config, self.device)
         if self.compiled:
             self.model.compile()
-        self.optimizer = AdamW(
-            self.model, config.learning_rate, (config.beta1, config.beta2), config.eps,
-            config.weight_decay, config.adam_m, config.adam_v, config.code_lr, config.scale_lr,
-            config.threshold, config.ramp, config.seed,
-            self.device.type == 'cuda' and not config.update_in_backward, self.compiled)
+        self.optimizer = make_optimizer(config, self.model, self.device, self.compiled)
         if config.update_in_backward:
             for p in self.model.parameters():
                 p.register_post_accumulate_grad_hook(self.update)

@@ -39,7 +39,7 @@ import quant
 from experiments.runs import RESULTS, ROOT, machine
 from model import GPT
 from quant import TUNED, AdamW, Linear, QTensor, held, quantize, spec
-from train import parse, pick_compile, pick_dtype
+from train import make_optimizer, parse, pick_compile, pick_dtype
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
@@ -180,10 +180,7 @@ def our_step(args, vocab=4096):
     compiled = pick_compile(c, DEVICE)
     if compiled:
         model.compile()
-    optimizer = AdamW(model, c.learning_rate, (c.beta1, c.beta2), c.eps, c.weight_decay, c.adam_m,
-                      c.adam_v, c.code_lr, c.scale_lr, c.threshold, c.ramp, c.seed,
-                      CUDA and not c.update_in_backward, compiled)
-    (x, y), t = batch(c, vocab), 0
+    optimizer, (x, y), t = make_optimizer(c, model, DEVICE, compiled), batch(c, vocab), 0
 
     def clip(norm):
         return (c.grad_clip / (norm + 1e-6)).clamp(max=1)
