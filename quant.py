@@ -53,9 +53,9 @@ FLOATS = {  # grid: (mantissa bits, smallest exponent, largest value, dtype of t
 FORMATS = {'nvfp4': 16, 'mxfp4': 32}  # words for fp4 in blocks of so many, with small scales
 WORDS = {  # field of Spec: its words; a block size, any number, is the other kind of group
     'grid': [*INTEGERS, *FLOATS], 'group': ['tensor', 'row', 'column'],
-    'scale': ['absmax', 'absmean'], 'rounding': ['nearest', 'stochastic'],
+    'scale': ['absmax', 'absmean', 'mse'], 'rounding': ['nearest', 'stochastic'],
     'map': ['linear', 'sqrt', 'root4'], 'sign': ['symmetric', 'asymmetric'],
-    'packing': ['bits', 'trits'],
+    'rotation': ['hadamard'], 'packing': ['bits', 'trits'],
 }
 
 
@@ -67,11 +67,13 @@ class Spec:
               bf16
     group     what shares a scale: the tensor, a row (along the last axis), a column (along all the
               others), or a block of so many neighbours on the last axis
-    scale     absmax: s = max|x| / Qp, which clips nothing; absmean: s = mean|x| / Qp
+    scale     absmax: s = max|x| / Qp, which clips nothing; absmean: s = mean|x| / Qp; mse: of .3,
+              .4 .. 1 times absmax the one with the least |x - x^|^2
     rounding  nearest, or stochastic: up with the probability that makes the mean right
     map       the level of code c is c (linear), c |c| (sqrt, for m) or c |c|^3 (root4, for v:
               nearest by the fourth root, and never from positive to zero)
     sign      asymmetric: a zero point z per group, x^ = (q + z) s, so that codes span [min, max]
+    rotation  hadamard: H x is quantized, and x^ = H (H x)^, see `rotate`
     packing   trits: five ternary codes a byte (3^5 = 243) instead of four
     format    '', 'nvfp4' (fp4, blocks of 16, e4m3 scales under one float32 scale) or 'mxfp4' (fp4,
               blocks of 32, scales that are powers of two)
@@ -82,6 +84,7 @@ class Spec:
     rounding: str = 'nearest'
     map: str = 'linear'
     sign: str = 'symmetric'
+    rotation: str = ''
     packing: str = 'bits'
     format: str = ''
 
@@ -107,7 +110,8 @@ class Spec:
 
     @property
     def factors(self):
-        """Do the scales come out of a matmul along rows: q^ = s q, with one s a row or in all?"""
+        """Do the scales come out of a matmul along rows: x^ = s q, with one s a row or in all? (A
+        rotation of both operands cancels.)"""
         codes = self.grid in INTEGERS and self.grid[0] != 'u' or self.grid in ('fp8', 'fp8e5')
         linear = self.map == 'linear' and self.sign == 'symmetric'
         return codes and linear and self.group in ('row', 'tensor')
@@ -149,11 +153,13 @@ def spec(text):
     floating, zero_point = s.grid in FLOATS, s.sign == 'asymmetric'
     for wrong, why in (
         (zero_point and (floating or s.grid == 'ternary'), 'only int and uint have a zero point'),
-        (zero_point and s.scale == 'absmean', 'asymmetric scales are of min and max, not absmean'),
+        (zero_point and s.scale != 'absmax', f'asymmetric scales are of min and max, not {s.scale}'),
         (zero_point and s.map != 'linear', 'a zero point needs the linear map'),
         (floating and s.map != 'linear', 'a float grid has no map'),
         (s.packing == 'trits' and s.grid != 'ternary', 'only ternary packs as trits'),
         (s.format and s.scale == 'absmean', f'the scales of {s.format} come from absmax'),
+        (s.format == 'mxfp4' and s.scale == 'mse', 'powers of two are too far apart to search'),
+        (s.rotation and s.grid[0] == 'u' and not zero_point, 'what is rotated has negatives'),
         (s.grid == 'bf16' and fields.keys() - {'grid', 'rounding'}, 'bf16 has no scale'),
     ):
         if wrong:
@@ -217,6 +223,20 @@ def _grouped(x, s, parts=1):
     if s.group == 'tensor':
         return x.reshape(parts, -1)                # (1, numel): q, k and v count as three tensors
     return x.flatten(0, -2) if s.group == 'column' else x
+
+
+def rotate(x):
+    """x H along the last axis, float32: H the orthogonal Hadamard matrix, in blocks as long as the
+    highest power of two that divides the axis, at most 128. H H = 1, so rotating twice undoes it;
+    and (x H)(w H)^T = x w^T, so a matmul of two rotated operands needs no undoing.
+
+    A rotation spreads an outlier over its block: what is quantized is close to normal (QuaRot,
+    arXiv 2404.00456; in pre-training, QuEST, arXiv 2502.05003)."""
+    n = min(128, x.shape[-1] & -x.shape[-1])
+    h = torch.ones(1, 1, device=x.device)
+    while len(h) < n:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return (x.float().unflatten(-1, (-1, n)) @ h * n ** -0.5).flatten(-2)
 
 
 def _levels(c, s):
@@ -306,7 +326,9 @@ def _scales(x, s, parts=1):
         scale = torch.where(scale == 0, 1.0, scale)
         return scale, (least / scale - low).round(), None
     size = x.abs()
-    size = size.amax(axis, keepdim=True) if s.scale == 'absmax' else size.mean(axis, keepdim=True)
+    size = size.mean(axis, keepdim=True) if s.scale == 'absmean' else size.amax(axis, keepdim=True)
+    if s.scale == 'mse':
+        size = _least_error(x, size, s, axis)
     if s.format == 'nvfp4':                        # e4m3 goes from 2^-9 to 448
         outer = size.amax() / (s.top * FLOATS['fp8'][2])
         outer = torch.where(outer == 0, 1.0, outer)
@@ -315,6 +337,20 @@ def _scales(x, s, parts=1):
     if s.format == 'mxfp4':                        # 4 = 2^2 is the highest power of two in fp4
         return torch.exp2(size.log2().floor() - 2).to(torch.float8_e8m0fnu), None, None
     return size / s.top, None, None
+
+
+def _least_error(x, size, s, axis):
+    """The one of .3, .4 .. 1 times size = max|x| with the least |x - x^|^2, of each group."""
+    def error(fraction):
+        step = torch.where(size == 0, 1.0, fraction * size / s.top)
+        c = _round(x / step, replace(s, rounding='nearest'), 0, 0)
+        return (x - step * (c if s.grid in FLOATS else _levels(c, s))).square().sum(axis, True)
+
+    best, least = size, error(1.0)
+    for tenths in range(3, 10):
+        e = error(tenths / 10)
+        best, least = torch.where(e < least, tenths / 10 * size, best), torch.minimum(e, least)
+    return best
 
 
 def _real_scale(scale, outer):
@@ -333,7 +369,7 @@ def quantize(x, how, key=0, scale=None, parts=1, start=0):
     s = spec(how)
     if s is None:
         return QTensor(x, cols=x.shape[-1])
-    x = x.float()
+    x = rotate(x) if s.rotation else x.float()
     if s.grid == 'bf16':
         return QTensor(pack(_round(x, s, key, start), s), spec=s, cols=x.shape[-1])
     scale, zero, outer = _scales(x, s, parts) if scale is None else (scale, None, None)
@@ -350,7 +386,8 @@ def dequantize(q, dtype=torch.float32):
     y = _levels(unpack(q.codes, q.spec, q.cols), q.spec)
     x = _grouped(y, q.spec, q.scale.shape[0])
     x = x if q.zero is None else x + q.zero
-    return (x * _real_scale(q.scale, q.outer)).to(dtype).view(y.shape)
+    x = (x * _real_scale(q.scale, q.outer)).view(y.shape)
+    return (rotate(x) if q.spec.rotation else x).to(dtype)
 
 
 def fake_quant(x, how, key=0, parts=1):
@@ -380,7 +417,7 @@ class Recipe:
     weights, activations, gradients   Specs of w, x and g; None is full precision
     gradients_in   'dx', 'dw' or 'both': the matmuls of the backward that see g^ instead of g
     backward       'ste': they see x^ and w^, as the forward did; 'full': x and w; 'fold' and
-                   'requantize': their codes are multiplied, see `matmul_on_codes`
+                   'requantize': all operands are codes, see `matmul_on_codes`
     compute        'float': dequantized operands are multiplied; 'int8', 'fp8': the codes are
     The three meanings of "quantized gradients" in paper 1 and its code: straight-through as in the
     text is (ste, both); its released code is (full, dw); like SwitchBack is (full, dx).
@@ -403,10 +440,11 @@ class Recipe:
     def check(self, master):
         """Raises ValueError where codes are to be multiplied but the Specs do not allow it."""
         codes = {'weights (or master)': self.weights or master, 'activations': self.activations}
-        on_codes = self.backward in ('fold', 'requantize')
-        if on_codes:
+        if self.backward == 'requantize' and self.gradients is None:
+            raise ValueError("backward = 'requantize' quantizes by gradients: give that too")
+        if self.backward in ('fold', 'requantize'):
             codes['gradients'] = self.gradients
-        elif self.compute == 'float':
+        if self.compute == 'float' and self.backward != 'fold':
             return
         first = self.weights or master
         fp8 = first is not None and first.grid in FLOATS if self.compute == 'float' else \
@@ -422,6 +460,10 @@ class Recipe:
                 raise ValueError(f"{key} = '{getattr(self, key)}' multiplies codes: quantize "
                                  f"{name} to {kind}, with a scale {scales}; or {key} = "
                                  f"'{instead}'")
+        if codes['activations'].rotation != first.rotation or \
+                first.rotation and self.backward == 'fold':
+            raise ValueError('codes can be multiplied if weights and activations are both rotated '
+                             "or neither; with backward = 'fold', neither")
 
 
 TUNED = {'max_autotune_gemm': True}     # to inductor: scales fuse only into Triton's int8 matmuls
@@ -498,21 +540,23 @@ def matmul_on_codes(g, q, how, key, transposed):
     """g^ w^ for dx, or g^T x^ (transposed) for dw, on codes: q = w or x; g (N, out).
 
     The sum is over the rows of q, which have scales of their own, so those do not come out of it.
-    Either g takes them in, or q is quantized anew, with a scale a column:
+    Either g takes them in, or q is quantized anew, along the sum:
 
         fold          dx = Q(g s_w) codes(w)        dw = Q(g s_x)^T codes(x)
-        requantize    dx = Q(g) Q(w^)               dw = Q(g)^T Q(x^)
+        requantize    dx = Q(g) Q(w^T)^T            dw = Q(g^T) Q(x^T)^T
 
-    Q(g) has a scale a row for dx, a column for dw. Folding reuses the codes of the forward, and
-    costs accuracy in dw where some tokens of x are far larger than others."""
-    dtype, grid = g.dtype, 'int8' if q.spec.grid in INTEGERS else 'fp8'
+    Q is the Spec of the gradients, its groups and its rotation along the sum; x^ and w^ are rounded
+    to nearest. Folding reuses the codes of the forward, and costs accuracy in dw where some tokens
+    of x are far larger than others."""
+    dtype = g.dtype
     if how.backward == 'fold':
         g = g.float() * (_row_scale(q) if transposed else _row_scale(q).T)
-        q = q._replace(scale=g.new_ones(1, 1))
-    else:
-        q = quantize(dequantize(q), f'{grid}/column')
-    g = quantize(g, replace(how.gradients, group='column' if transposed else 'row'), key)
-    return matmul(_transpose(g) if transposed else g, _transpose(q), how.compute, dtype)
+        g = quantize(g, replace(how.gradients, group='column' if transposed else 'row'), key)
+        q = q._replace(scale=g.scale.new_ones(1, 1))
+        return matmul(_transpose(g) if transposed else g, _transpose(q), how.compute, dtype)
+    g = quantize(g.T if transposed else g, how.gradients, key)
+    q = quantize(dequantize(q).T, replace(how.gradients, rounding='nearest'))
+    return matmul(g, q, how.compute, dtype)
 
 
 def matmul_backward(g, x, w, how, key):
@@ -881,8 +925,9 @@ class AdamW:
     code_lr         > 0: the direct update of low-bit masters, by code_lr half ranges of their grid
                     times r, without weight decay; 0: they move by learning_rate, as published
     scale_lr        of the direct update: its scales learn at this rate, log s by Adam; 0: fixed
-    threshold       of the direct update: tau, in standard deviations of r under white noise
-    ramp            of the direct update: beta1_t = min(.9995, 1 - 1 / (10 + t / ramp)); 0: fixed
+    embedding_lr    of all that is in no Linear: embeddings, norms, biases; 0: learning_rate
+    threshold       of weights of Linear layers: tau, in standard deviations of r under white noise
+    ramp            of the same: beta1_t = min(.9995, 1 - 1 / (10 + t / ramp)); 0: beta1 is fixed
     flat            gradients live in one buffer a group: one call a group, as suits a GPU
     compiled        torch.compile the update
     Raises ValueError for a bad Spec or a block that does not divide, when it is built.
@@ -892,9 +937,10 @@ class AdamW:
     """
 
     def __init__(self, model, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
-                 adam_m='', adam_v='', code_lr=0.0, scale_lr=0.0, threshold=0.0, ramp=0.0, seed=0,
-                 flat=False, compiled=False):
+                 adam_m='', adam_v='', code_lr=0.0, scale_lr=0.0, threshold=0.0, ramp=0.0,
+                 embedding_lr=0.0, seed=0, flat=False, compiled=False):
         self.learning_rate, self.betas, self.eps = learning_rate, betas, eps
+        self.embedding_lr = embedding_lr or learning_rate
         self.weight_decay, self.code_lr, self.scale_lr = weight_decay, code_lr, scale_lr
         self.threshold, self.ramp, self.seed = threshold, ramp, seed
         self.t, self.momentum, self.noise = 0, 1.0, 0.0
@@ -950,29 +996,28 @@ class AdamW:
     def begin(self, scale=1.0):
         """The numbers of the next step."""
         self.t, self.scale = self.t + 1, scale
-        lr, beta1 = scale * self.learning_rate, self.betas[0]
-        bias1 = 1 - beta1 ** self.t
-        numbers = {'vector': (lr, 0.0, beta1, bias1, 0.0),
-                   'matrix': (lr, lr * self.weight_decay, beta1, bias1, 0.0)}
-        if self.code_lr:
-            numbers['direct'] = self._direct(scale)
+        beta1 = self.betas[0]
+        plain, linear = (beta1, 1 - beta1 ** self.t, 0.0), self._momentum()
         for i, group in enumerate(self.groups):
             group.direct = group.low_bit and self.code_lr > 0
-            kind = 'direct' if group.direct else 'matrix' if group.decay else 'vector'
-            group.h, group.key = self._hyper(group, i, *numbers[kind])
+            lr = scale * (self.code_lr if group.direct else
+                          self.learning_rate if group.layers[0] else self.embedding_lr)
+            decay = lr * self.weight_decay if group.decay and not group.direct else 0.0
+            momentum = linear if group.layers[0] else plain
+            group.h, group.key = self._hyper(group, i, lr, decay, *momentum)
             group.flips, group.ds = 0, None
             if group.direct:
                 group.ds = torch.zeros_like(group.w.scale)
 
-    def _direct(self, scale):
-        """The numbers of the direct update. tau counts in the size of r under white noise: the
-        root of N, the sum of squared weights of the gradients in m, over bias1."""
+    def _momentum(self):
+        """beta1, 1 - prod beta1 and tau of the weights of Linear layers. tau counts in the size of
+        r under white noise: the root of N, the sum of squared weights of the gradients in m, over
+        bias1."""
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / self.ramp)) if self.ramp else self.betas[0]
         self.momentum *= beta1
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
         bias1 = 1 - self.momentum
-        tau = self.threshold * math.sqrt(self.noise) / bias1
-        return scale * self.code_lr, 0.0, beta1, bias1, tau
+        return beta1, bias1, self.threshold * math.sqrt(self.noise) / bias1
 
     def _hyper(self, group, i, lr, decay, beta1, bias1, tau):
         """The numbers and the key of the noise as tensors, on their device."""
@@ -1090,7 +1135,8 @@ def _damage(x, how, parts=1):
     clipped = 0.0
     if q.zero is None and q.scale is not None:
         most = q.spec.top * _real_scale(q.scale, q.outer) * (1 + 1e-5)
-        clipped = (_grouped(x, q.spec, parts).abs() > most).float().mean().item()
+        turned = rotate(x) if q.spec.rotation else x
+        clipped = (_grouped(turned, q.spec, parts).abs() > most).float().mean().item()
     return {'snr_db': snr, 'zero': (y == 0).float().mean().item(), 'clipped': clipped}
 
 

@@ -369,7 +369,7 @@ def test_integer_matmuls_are_exact(monkeypatch):
     ('ternary/tensor/absmean', 'int8/row', 'int8/row'), ('int4/row', 'int4/row', 'int8/row'),
     ('fp8/row', 'fp8/row', 'fp8e5/row')])
 def test_the_backward_on_codes(w, a, g):
-    """fold: dx = Q(g s_w) codes(w), dw = Q(g s_x)^T codes(x); requantize: dx = Q(g) Q(w^) .."""
+    """fold: dx = Q(g s_w) codes(w), dw = Q(g s_x)^T codes(x); requantize: dx = Q(g) Q(w^T)^T .."""
     way = same(w, a, g)
     compute, error = ('fp8', 2 ** -7) if 'fp8' in w else ('int8', 1e-5)
     _, dx, dw = same(w, a)()

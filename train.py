@@ -63,6 +63,7 @@ class Config:
 
     # the optimizer: AdamW, linear warm-up, cosine to min_lr
     learning_rate: float = 3e-3
+    embedding_lr: float = 0.0    # of embeddings, head, norms and biases; 0: learning_rate
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
     max_iters: int = 1200
@@ -71,11 +72,12 @@ class Config:
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm, or as update_in_backward says; 0: off
+    threshold: float = 0.0       # block linears: no step on evidence below so many deviations of
+                                 # the noise in it,
+    ramp: float = 0.0            # and beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
     # the direct update of low-bit masters, if code_lr > 0; else they too go by learning_rate
     code_lr: float = 0.0         # half ranges of the grid a step
     scale_lr: float = 0.01       # of their scales; 0: fixed
-    threshold: float = 1.0       # no flips on evidence below so many deviations of the noise
-    ramp: float = 20.0           # beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
     update_in_backward: bool = False  # update a weight when its gradient is there, and free that;
                                  # grad_clip then goes by the norm of each gradient
 
@@ -211,7 +213,7 @@ def check(config):
         if not getattr(config, key) > 0:
             fail(f'{key} = {getattr(config, key)} must be greater than 0')
     for key in ('hidden', 'init_gain', 'warmup_iters', 'weight_decay', 'grad_clip', 'code_lr',
-                'scale_lr', 'threshold', 'ramp', 'min_lr', 'sample_tokens', 'seed'):
+                'scale_lr', 'embedding_lr', 'threshold', 'ramp', 'min_lr', 'sample_tokens', 'seed'):
         if not getattr(config, key) >= 0:
             fail(f'{key} = {getattr(config, key)} must not be negative')
     for key in ('dropout', 'beta1', 'beta2'):
@@ -442,7 +444,8 @@ def make_optimizer(config, model, device, compiled):
     flat = device.type == 'cuda' and not config.update_in_backward
     return AdamW(model, config.learning_rate, (config.beta1, config.beta2), config.eps,
                  config.weight_decay, config.adam_m, config.adam_v, config.code_lr,
-                 config.scale_lr, config.threshold, config.ramp, config.seed, flat, compiled)
+                 config.scale_lr, config.threshold, config.ramp, config.embedding_lr, config.seed,
+                 flat, compiled)
 
 
 def run_files(config):

@@ -4,6 +4,6 @@ activations = 'int8/row'
 adam_m = 'int8/row'
 adam_v = 'factored'
 code_lr = 0.01
-threshold = 0.0
+ramp = 20.0
 beta2 = 0.999
 compute = 'int8'

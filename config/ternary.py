@@ -7,5 +7,7 @@ adam_v = 'factored'
 learning_rate = 6e-3    # of embeddings and norms
 beta2 = 0.999
 code_lr = 0.1
+threshold = 1.0
+ramp = 20.0
 init_gain = 0.7
 compute = 'int8'
