@@ -75,7 +75,8 @@ def test_spec_words_come_in_any_order():
     ('int4/trits', 'only ternary'), ('int8/asymmetric/absmean', 'not absmean'),
     ('nvfp4/32', 'second'), ('nvfp4/absmean', 'absmax'), ('bf16/row', 'no scale'),
     ('int8/asymmetric/sqrt', 'linear'), ('int8/symmetric/asymmetric', 'second'),
-    ('INT8', 'unknown')])
+    ('INT8', 'unknown'), ('mxfp4/mse', 'too far apart'), ('uint8/hadamard', 'has negatives'),
+    ('bf16/hadamard', 'no scale')])
 def test_bad_spec_names_the_word(text, says):
     with pytest.raises(ValueError, match=re.escape(says)) as e:
         spec(text)
@@ -252,6 +253,40 @@ def test_scales_are_computed_in_float32():
     assert error(fake_quant(x, 'int8/row')) < 0.98 * error((x / s).round() * s)
 
 
+@pytest.mark.parametrize('n, block', [(256, 128), (96, 32), (64, 64), (7, 1)])
+def test_the_rotation_is_orthogonal_and_undoes_itself(n, block):
+    parity = torch.tensor([[(i & j).bit_count() % 2 for j in range(block)] for i in range(block)])
+    oracle = torch.block_diag(*[(1 - 2.0 * parity) / block ** 0.5] * (n // block))
+    x, w = normal(8, n), normal(4, n, seed=1)
+    assert torch.allclose(quant.rotate(x), x @ oracle, atol=1e-5)
+    assert torch.allclose(quant.rotate(quant.rotate(x)), x, atol=1e-5)
+    assert torch.allclose(quant.rotate(x) @ quant.rotate(w).T, x @ w.T, atol=1e-5)
+
+
+def test_the_rotation_spreads_outliers():
+    x = normal(64, 128)
+    x[:, 3] *= 50
+    error = lambda how: (fake_quant(x, how) - x)[:, 4:].norm()          # of all that is no outlier
+    assert error('int4/row/hadamard') < 0.6 * error('int4/row')
+    assert error('nvfp4/hadamard') > error('nvfp4')     # small blocks keep an outlier to themselves
+
+
+@pytest.mark.parametrize('text', ['int4/row', 'int3/32', 'ternary/row', 'int4/tensor', 'fp4/16',
+                                  'int4/column', 'uint8/row/root4', 'nvfp4', 'int2/row/hadamard'])
+def test_mse_is_the_best_of_eight_scales(text):
+    x = normal(64, 64) * normal(64, 64, seed=1).exp()
+    x = x.abs() if text[0] == 'u' else x
+    error = lambda y: (y - x).square().sum().item()
+    ours, s = error(fake_quant(x, text + '/mse')), spec(text)
+    assert ours <= error(fake_quant(x, text)) * (1 + 1e-6)
+    if not s.format and s.group != 'tensor':                            # group by group
+        absmax = quantize(x, s)
+        tries = [dequantize(quantize(x, s, scale=absmax.scale * i / 10)) for i in range(3, 11)]
+        groups = [quant._grouped(t - x, s).square().sum(0 if s.group == 'column' else -1)
+                  for t in tries]
+        assert ours == pytest.approx(torch.stack(groups).amin(0).sum().item(), rel=1e-4)
+
+
 def test_v_is_never_rounded_to_zero():
     v = torch.logspace(-12, 0, 256)[None]
     assert all((fake_quant(v, f'{grid}/row/root4') > 0).all() for grid in ('uint8', 'uint4'))
@@ -344,7 +379,7 @@ def same(w, a, g='', n_out=48, **kwargs):
 @pytest.mark.parametrize('w, a, parts', [
     ('int8/row', 'int8/row', 1), ('ternary/tensor/absmean', 'int8/row', 3),
     ('int4/row', 'int4/tensor', 1), ('ternary/row/trits', 'int2/row/stochastic', 1),
-    ('fp8/row', 'fp8/row', 1)])
+    ('fp8/row', 'fp8/row', 1), ('int4/row/hadamard/mse', 'int8/row/hadamard', 1)])
 def test_multiplying_codes_is_multiplying_what_they_stand_for(w, a, parts):
     way = same(w, a, parts=parts)
     compute, error = ('fp8', 2 ** -8) if 'fp8' in w else ('int8', 1e-5)  # fp8 gives out bf16
@@ -386,6 +421,17 @@ def test_the_backward_on_codes(w, a, g):
     assert torch.allclose(way(backward='fold')[1], first, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('how', ['int4/row', 'nvfp4/hadamard', 'mxfp4', 'int4/8/hadamard/mse'])
+def test_all_three_matmuls_in_any_format(how):
+    """y = x^ w^T, dx = Q(g) Q(w^T)^T, dw = Q(g^T) Q(x^T)^T: groups along the sum in all three."""
+    layer = Linear(64, 96, weights=how, activations=how, gradients=how, backward='requantize')
+    x, g, W = normal(32, 64).requires_grad_(), normal(32, 96, seed=1), layer.weight.detach()
+    dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), g)
+    Q = lambda t: fake_quant(t, how)
+    assert torch.allclose(dx, Q(g) @ Q(Q(W).T).T, atol=1e-5)
+    assert torch.allclose(dw, Q(g.T) @ Q(Q(x.detach()).T).T, atol=1e-4)
+
+
 def test_folding_costs_where_tokens_differ_in_size():
     """dw folds the scales of the tokens of x into g: a few loud ones take the range of the others.
     With a scale a column, x itself fares better; loud channels make no difference."""
@@ -411,7 +457,11 @@ def test_folding_costs_where_tokens_differ_in_size():
     ({'compute': 'fp8', 'weights': 'fp8/row', 'activations': 'fp8e5/row'}, 'activations to fp8'),
     ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row'}, 'backward = .ste.'),
     ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row',
-      'gradients': 'int8/tensor'}, 'gradients to integers, .* a scale a row; ')])
+      'gradients': 'int8/tensor'}, 'gradients to integers, .* a scale a row; '),
+    ({'backward': 'requantize', 'weights': 'int8/row'}, 'quantizes by gradients'),
+    ({'compute': 'int8', 'weights': 'int8/row/hadamard', 'activations': 'int8/row'}, 'rotated'),
+    ({'backward': 'fold', 'gradients': 'int8/row',
+      **dict.fromkeys(('weights', 'activations'), 'int8/row/hadamard')}, 'neither')])
 def test_codes_that_cannot_be_multiplied(how, says):
     with pytest.raises(ValueError, match=says):
         Linear(32, 32, **how)(normal(4, 32))

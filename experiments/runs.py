@@ -2,23 +2,50 @@
 Many runs of train.py, each one JSON line: what the experiments share.
 
 A run is a name, arguments for train.py and a seed. Finished runs are found in the results file and
-skipped, so a program that is interrupted goes on where it stopped.
+skipped, unfinished ones go on from their checkpoint, so a program that is interrupted goes on
+where it stopped. Runs of one seed see the same data in the same order: comparisons are paired.
 """
+import hashlib
+import io
 import json
+import math
 import os
 import platform
 import shutil
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
+
+import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
+
+SIZES = {  # name: arguments for train.py that come before all others
+    'small': ['--n_embd=128', '--hidden=384', '--block_size=128', '--batch_size=16',
+              '--max_iters=400', '--warmup_iters=40'],
+    'default': [],
+    'gpt2': ['config/gpt2.py', '--max_iters=5000'],
+}
+
+
+class Job(NamedTuple):
+    name: str
+    args: list
+    seed: int
+
+    @property
+    def folder(self):
+        """Where it keeps its checkpoint while, and if wished after, it runs."""
+        mark = hashlib.sha256(json.dumps([self.args, self.seed]).encode()).hexdigest()[:12]
+        return ROOT / 'out' / 'experiments' / mark
 
 
 def machine():
@@ -39,42 +66,107 @@ def read(path):
         return [json.loads(line) for line in f]
 
 
-def run_one(name, args, seed, threads):
-    """Train once and return the result line. RuntimeError: the last words of one that failed."""
-    out = tempfile.mkdtemp(prefix='run-')
-    try:
-        command = [sys.executable, 'train.py', *args, f'--seed={seed}', f'--out_dir={out}',
-                   '--sample_tokens=0']
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
-        if done.returncode:
-            raise RuntimeError(f'{name}: {(done.stderr or done.stdout).strip().splitlines()[-1]}')
-        log = read(Path(out, 'log.jsonl'))
-    finally:
-        shutil.rmtree(out)
+def run_one(job):
+    """Train once, in this process; the result line. A run whose loss is no longer finite has
+    val_loss None; any other failure raises RuntimeError with its last words."""
+    resume = ['--init_from=resume'] if (job.folder / 'ckpt.pt').exists() else ['--overwrite=True']
+    failed = ''
+    torch._dynamo.reset()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            train.main([*job.args, f'--seed={job.seed}', '--sample_tokens=0',
+                        f'--out_dir={job.folder}', *resume])
+        except SystemExit as e:
+            failed = str(e)
+    if failed and ' is nan at ' not in failed and ' is inf at ' not in failed:
+        raise RuntimeError(f'{job.name}: {failed}')
+    log = read(job.folder / 'log.jsonl')
     first, last = log[0], log[-1]
-    kept = {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
-    return {'name': name, 'seed': seed, 'args': args, **kept, 'threads': threads,
+    curve = [[e['iter'], e['flips'] if 'flips' in e else None, e['train_loss']]
+             for e in log if 'train_loss' in e]
+    kept = {'val_loss': None, 'failed': failed} if failed else \
+        {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds', 'health')}
+    return {'name': job.name, 'seed': job.seed, 'args': job.args, **kept,
+            'curve': curve[::max(1, len(curve) // 50)], 'threads': torch.get_num_threads(),
             'sha256': first['sha256'], **first['versions'], 'machine': machine(),
             'date': str(date.today())}
 
 
-def run_all(path, runs, jobs):
-    """Train what is not yet in the file `path`, `jobs` at a time; returns all its results."""
-    done = {(r['name'], r['seed'], tuple(r['args'])) for r in read(path)}
-    todo = [run for run in runs if (run[0], run[2], tuple(run[1])) not in done]
+def run_all(path, todo, jobs, keep=()):
+    """Train what is not yet in the file `path`, `jobs` at a time, and keep the checkpoints of the
+    names in `keep`; returns the results of `todo`."""
+    def key(name, args, seed):
+        return name, seed, tuple(args)
+
+    wanted = [key(*job) for job in todo]
+    done = {key(r['name'], r['args'], r['seed']) for r in read(path)}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     path.parent.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(run_one, name, args, seed, threads) for name, args, seed in todo]
+    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (threads,)) as pool:
+        pending = {pool.submit(run_one, job): job
+                   for job, k in zip(todo, wanted) if k not in done}
         try:
-            for future in tqdm(pending, desc=path.stem, unit='run'):
+            for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()
                 with open(path, 'a', encoding='utf-8') as f:
                     f.write(json.dumps(result) + '\n')
-                tqdm.write(f"{result['name']} seed {result['seed']}: {result['val_loss']:.4f} "
-                           f"nats/token, {result['val_bpb']:.4f} bits/byte")
+                if result['name'] not in keep:
+                    shutil.rmtree(pending[future].folder)
+                tqdm.write(f"{result['name']}, seed {result['seed']}: val loss {show(result)}")
         finally:
             for future in pending:
                 future.cancel()
-    return read(path)
+    found = {key(r['name'], r['args'], r['seed']): r for r in read(path)}
+    return [found[k] for k in wanted]
+
+
+# ------------------------------------------------------------------------------------------------
+# comparisons
+
+def show(result):
+    return 'not finite' if result['val_loss'] is None else f"{result['val_loss']:.4f}"
+
+
+def losses(results, name):
+    """{seed: val loss} of a name; a run that failed has the loss infinity."""
+    return {r['seed']: math.inf if r['val_loss'] is None else r['val_loss']
+            for r in results if r['name'] == name}
+
+
+def compare(results, a, b):
+    """Mean and standard error of loss(a) / loss(b) - 1 in percent over the seeds that both have;
+    of a single seed the error is nan."""
+    a, b = losses(results, a), losses(results, b)
+    percent = [100 * (a[seed] / b[seed] - 1) for seed in a if seed in b]
+    if math.inf in percent:
+        return math.inf, 0.0
+    error = statistics.stdev(percent) / len(percent) ** 0.5 if len(percent) > 1 else math.nan
+    return statistics.mean(percent), error
+
+
+def verdict(results, a, b, sign, percent):
+    """'loss(a) <= (1 + percent / 100) loss(b)' (sign '<=', or '>='): PASS or FAIL if the mean over
+    seeds lies on that side by two standard errors or more, else UNRESOLVED; and the numbers."""
+    mean, error = compare(results, a, b)
+    margin = (percent - mean) * (1 if sign == '<=' else -1)
+    said = 'UNRESOLVED' if not abs(margin) >= 2 * error else 'PASS' if margin > 0 else 'FAIL'
+    return said, f'{mean:+.2f} ± {error:.2f} %, wanted {sign} {percent:+g} %'
+
+
+def table(results, reference, names=None):
+    """Lines of a markdown table: loss over seeds, difference from `reference`, bytes a weight."""
+    lines = ['| run | seeds | val loss, nats/token | difference, paired | bytes a weight: weight + '
+             'optimizer |', '|---|---|---|---|---|']
+    for name in names or dict.fromkeys(r['name'] for r in results):
+        rows = [r for r in results if r['name'] == name]
+        values = list(losses(results, name).values())
+        if math.inf in values:
+            lines.append(f'| {name} | {len(rows)} | not finite | | |')
+            continue
+        spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
+        mean, error = compare(results, name, reference)
+        error = '' if math.isnan(error) else f' ± {error:.1f}'
+        held = rows[0]['bytes']['linear']
+        lines.append(f'| {name} | {len(rows)} | {statistics.mean(values):.3f}{spread} | '
+                     f'{mean:+.1f}{error} % | {held["weights"]:.2f} + {held["optimizer"]:.2f} |')
+    return lines

@@ -1,0 +1,457 @@
+"""
+What each strategy costs in quality, part 1: paper 1 (2407.11722) and the strongest ways to 4 bits.
+
+    python -m experiments.pretraining                   the small model, 3 seeds, under two hours
+    python -m experiments.pretraining --size=default    larger; --size=gpt2 on a GPU
+    python -m experiments.pretraining --report          only print and draw what has been run
+
+Trains every row with equal data and steps, decides the claims below, which were written before
+the runs, looks into the trained models, and writes experiments/results/pretraining-<size>.jsonl
+(one line a run; finished ones are skipped), -analysis.json, .md and two .png.
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+
+import torch
+
+from experiments.runs import (RESULTS, ROOT, SIZES, Job, compare, losses, run_all, table,
+                              verdict)
+from model import GPT
+from quant import Linear, Recipe, dequantize, health, held, quantize, spec
+from train import Run, make_optimizer, parse, pick_dtype, to_batch
+
+# every row trains like the baseline; the two rates are the best found for it and for BitNet
+RATES = ['--learning_rate=1.5e-3', '--embedding_lr=6e-3', '--eval_interval=1000']
+
+
+def keys(**values):
+    return [f'--{key}={value}' for key, value in values.items()]
+
+
+def rows():
+    """{section: {name: arguments}}"""
+    groups = {'tensor': 'a tensor', 'row': 'a row', '128': 'a block of 128'}
+    weights = {f'{grid} weights, a scale {of}': keys(weights=f'{grid}/{group}')
+               for grid in ('int8', 'int4', 'int3', 'int2', 'ternary')
+               for group, of in groups.items()}
+    for group in groups:        # of three levels, the largest weight alone would be left
+        weights[f'ternary weights, a scale {groups[group]}'] = keys(
+            weights=f'ternary/{group}/absmean')
+    axes = {'row': 'a token', 'tensor': 'a tensor', 'column': 'a channel'}
+    activations = {f'{grid} activations, a scale {of}': keys(activations=f'{grid}/{group}')
+                   for grid in ('int8', 'int4') for group, of in axes.items()}
+    gradients = {f'{grid} gradients in {where}, {how}': keys(
+        gradients=f'{grid}/row/{how}', gradients_in=where)
+        for grid in ('int8', 'int4') for how in ('nearest', 'stochastic')
+        for where in ('dw', 'dx', 'both')}
+    three = keys(weights='int8/row', activations='int8/row')
+    meanings = {f'W8A8 and int8 gradients, {name}': three + keys(
+        gradients='int8/row', backward=backward, gradients_in=where)
+        for name, backward, where in (('straight-through, in both', 'ste', 'both'),
+                                      ('full x and w, in dw', 'full', 'dw'),
+                                      ('full x and w, in dx', 'full', 'dx'))}
+    states = {'int8 m': keys(adam_m='int8/row'), 'int4 m': keys(adam_m='int4/row'),
+              'uint8 v, linear': keys(adam_v='uint8/row'),
+              'uint8 v, fourth root': keys(adam_v='uint8/64/root4'),
+              'uint4 v, fourth root': keys(adam_v='uint4/64/root4'),
+              '8-bit m and v': ['config/adam8.py'], '4-bit m and v': ['config/adam4.py']}
+    cache = {f'{grid} keys and values': keys(kv_cache=f'{grid}/row') for grid in ('int8', 'int4')}
+    together = {'W8A8': ['config/w8a8.py'], 'W8A8G8': ['config/w8a8g8.py'],
+                'everything': ['config/everything.py']}
+
+    def four(how, **more):
+        return keys(weights=how, activations=how, **more)
+
+    def all_four(how, gradients):
+        return four(how, gradients=gradients, backward='requantize')
+
+    best = 'int4/row/hadamard/mse'
+    forward = {'W4A4, absmax': four('int4/row'), 'W4A4, mse': four('int4/row/mse'),
+               'W4A4, hadamard': four('int4/row/hadamard'), 'W4A4, hadamard, mse': four(best),
+               'W4A4, blocks of 32': four('int4/32'), 'W4A4, mxfp4': four('mxfp4'),
+               'W4A4, nvfp4': four('nvfp4'),
+               'W4A4, mxfp4, hadamard': four('mxfp4/hadamard'),
+               'W4A4, nvfp4, mse': four('nvfp4/mse')}
+    full = {'W4A4G4, absmax': all_four('int4/row', 'int4/row'),
+            'W4A4G4, stochastic': all_four('int4/row', 'int4/row/stochastic'),
+            'W4A4G4, hadamard, mse, stochastic': all_four(best, 'int4/row/hadamard/stochastic'),
+            'W4A4G4, blocks of 32, hadamard, stochastic': all_four(
+                'int4/32/hadamard', 'int4/32/hadamard/stochastic'),
+            'W4A4G4, mxfp4, hadamard, stochastic': all_four(
+                'mxfp4/hadamard', 'mxfp4/hadamard/stochastic'),
+            'W4A4G4, nvfp4, stochastic': all_four('nvfp4', 'nvfp4/stochastic'),
+            'W4A4G4, nvfp4, hadamard, stochastic': all_four(
+                'nvfp4/mse', 'nvfp4/hadamard/stochastic')}
+    return {'': {'baseline': ['config/baseline.py']}, 'Weights': weights,
+            'Activations': activations, 'Gradients': gradients,
+            'Three meanings of quantized gradients': meanings, 'Optimizer states': states,
+            'Keys and values': cache, 'Together': together, 'Four bits forward': forward,
+            'Four bits in all three matmuls': full}
+
+
+BASE = 'baseline'
+W = '{} weights, a scale {}'.format
+A = '{} activations, a scale {}'.format
+G = '{} gradients in {}, {}'.format
+CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a) against loss(b)
+    ('1', '8-bit weights, a scale a row, match the baseline', W('int8', 'a row'), '<=', 1, BASE),
+    ('1', '8-bit weights, a scale a tensor, too', W('int8', 'a tensor'), '<=', 1, BASE),
+    ('1', '4-bit weights are worse', W('int4', 'a row'), '>=', 0, BASE),
+    ('1', 'a scale a tensor is worst', W('int4', 'a tensor'), '>=', 0, W('int4', 'a row')),
+    ('2', '8-bit activations, a scale a token, are close', A('int8', 'a token'), '<=', 1, BASE),
+    ('2', '4-bit activations are not', A('int4', 'a token'), '>=', 1, BASE),
+    ('3', 'gradients rounded to nearest, 8 bits, hurt', G('int8', 'both', 'nearest'), '>=', 0, BASE),
+    ('3', '4 bits more', G('int4', 'both', 'nearest'), '>=', 1, G('int8', 'both', 'nearest')),
+    ('ours', 'stochastic rounding repairs 8 bits', G('int8', 'both', 'stochastic'), '<=', 1, BASE),
+    ('4', '8-bit m is free', 'int8 m', '<=', 1, BASE),
+    ('4', '4-bit m is free', 'int4 m', '<=', 1, BASE),
+    ('4', 'linear 8-bit v blows up', 'uint8 v, linear', '>=', 5, BASE),
+    ('ours', '8-bit v by its fourth root is free', 'uint8 v, fourth root', '<=', 1, BASE),
+    ('ours', '4-bit v by its fourth root is free', 'uint4 v, fourth root', '<=', 1, BASE),
+    ('5', 'W8A8 keeps quality', 'W8A8', '<=', 1, BASE),
+    ('5', 'W8A8G8 is harder', 'W8A8G8', '>=', 0, 'W8A8'),
+    ('ours', 'W4A4 within 2 % by the best way', 'W4A4, hadamard, mse', '<=', 2, BASE),
+    ('ours', 'which beats plain absmax', 'W4A4, hadamard, mse', '<=', 0, 'W4A4, absmax'),
+    ('ours', 'W4A4G4 within 4 % by the best way', 'W4A4G4, nvfp4, hadamard, stochastic', '<=', 4,
+     BASE),
+    ('ours', 'which beats plain absmax', 'W4A4G4, nvfp4, hadamard, stochastic', '<=', 0,
+     'W4A4G4, absmax'),
+]
+
+KEPT = [BASE, W('int8', 'a row'), W('int4', 'a row'), W('int3', 'a row'),
+        W('ternary', 'a row'), 'W8A8', 'W4A4, absmax', 'W4A4, hadamard, mse']
+
+
+# ------------------------------------------------------------------------------------------------
+# looking into trained models
+
+def load(job):
+    """A finished run as train.py builds it, with a batch of validation data: (run, x, y)."""
+    sys.stdout, out = open(os.devnull, 'w', encoding='utf-8'), sys.stdout
+    try:
+        run = Run(parse([*job.args, f'--seed={job.seed}', f'--out_dir={job.folder}',
+                         f'--init_from={job.folder}/ckpt.pt', '--eval_only=True']), 0, 1)
+    finally:
+        sys.stdout = out
+    T, n = run.config.block_size, run.config.batch_size
+    starts = [i * (len(run.val_data) - T - 1) // n for i in range(n)]
+    return run, *to_batch(run.val_data, starts, T, run.vocab_size, run.device)
+
+
+def layers(run):
+    return {name: m for name, m in run.model.h.named_modules() if isinstance(m, Linear)}
+
+
+def gradients(run, x, y, **how):
+    """dL/dw of every block linear, quantized as `how` says, as one list."""
+    for layer in layers(run).values():
+        layer.how = Recipe(**{k: v if k == 'backward' else spec(v) for k, v in how.items()},
+                           parts=layer.how.parts)
+    run.model.set_noise(0)
+    return torch.autograd.grad(run.model(x, y), [m.weight for m in layers(run).values()])
+
+
+def cosines(run, x, y):
+    """{recipe: [cos(dw, dw quantized), one a layer]}"""
+    recipes = {'W8A8': {'weights': 'int8/row', 'activations': 'int8/row'},
+               'G8, nearest': {'gradients': 'int8/row'},
+               'G8, stochastic': {'gradients': 'int8/row/stochastic'},
+               'W4A4': {'weights': 'int4/row', 'activations': 'int4/row'},
+               'W4A4, hadamard, mse': {k: 'int4/row/hadamard/mse'
+                                       for k in ('weights', 'activations')},
+               'G4, nearest': {'gradients': 'int4/row'},
+               'G4, stochastic': {'gradients': 'int4/row/stochastic'}}
+    full = gradients(run, x, y)
+    return {name: [torch.cosine_similarity(a.flatten(), b.flatten(), 0).item()
+                   for a, b in zip(full, gradients(run, x, y, **how))]
+            for name, how in recipes.items()}
+
+
+def traffic(run, x, y):
+    """({layer: input}, {layer: gradient of the output}), flattened to (tokens, channels)."""
+    inputs, outputs, hooks = {}, {}, []
+    for name, layer in layers(run).items():
+        def look(layer, args, y, name=name):
+            inputs[name] = args[0].detach().flatten(0, -2).float()
+            y.register_hook(lambda g: outputs.update({name: g.flatten(0, -2).float()}))
+        hooks.append(layer.register_forward_hook(look))
+    gradients(run, x, y)
+    for hook in hooks:
+        hook.remove()
+    return inputs, outputs
+
+
+def outliers(inputs):
+    """{layer: largest |x| of each channel, in standard deviations above the mean |x|, sorted}; a
+    channel beyond 6 is an outlier."""
+    found = {}
+    for name, x in inputs.items():
+        x = x.abs()
+        found[name] = ((x.amax(0) - x.mean()) / x.std()).sort(descending=True).values.tolist()
+    return found
+
+
+def zeros(run, x, y, outputs):
+    """{spec: {layer: share of entries of g that quantizing makes zero}}; 'head' is the gradient of
+    the logits, softmax - onehot."""
+    with torch.no_grad():
+        p = run.model(x).softmax(-1).flatten(0, 1)
+    head = {'head': p - torch.nn.functional.one_hot(y.flatten(), p.shape[1])}
+    return {how: {name: ((dequantize(quantize(g, how)) == 0) & (g != 0)).float().mean().item()
+                  for name, g in {**outputs, **head}.items()}
+            for how in ('int8/tensor', 'int8/row', 'int4/row', 'fp4/row', 'nvfp4')}
+
+
+@torch.no_grad()
+def sharpness(run, x, y, draws=8):
+    """[[eps, mean over draws of L(w^ + eps rms(w^) n) - L(w^)]], n normal: random perturbations of
+    the weights as the forward sees them."""
+    run.model.eval()
+    seen = {}
+    for name, layer in layers(run).items():
+        w = dequantize(quantize(layer.weight, layer.how.weights, parts=layer.how.parts))
+        seen[name] = w
+        layer.how = Recipe(activations=layer.how.activations, parts=layer.how.parts)
+
+    def loss(eps, draw):
+        generator = torch.Generator().manual_seed(draw)
+        for name, layer in layers(run).items():
+            w = seen[name]
+            noise = torch.randn(w.shape, generator=generator).to(w.device)
+            layer.weight.copy_(w + eps * w.square().mean().sqrt() * noise)
+        return run.model(x, y).item()
+
+    rest = loss(0.0, 0)
+    return [[eps, statistics.mean(loss(eps, draw) for draw in range(draws)) - rest]
+            for eps in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)]
+
+
+def memory(args, vocab_size, x, y):
+    """Bytes of one step by category; activations: what autograd keeps for the backward."""
+    config, kept = parse(args), {}
+    model = GPT(config, vocab_size).to(x.device)
+    model.store_(config.master)
+    model.dtype = pick_dtype(config, x.device)
+    optimizer = make_optimizer(config, model, x.device, False)
+
+    def note(t):
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(x, y).backward()
+    size = held(model, optimizer)
+    size.pop('linear')
+    return {**size, 'activations': sum(n for at, n in kept.items() if at not in own)}
+
+
+@torch.no_grad()
+def post_training(run):
+    """{spec: loss of a full-precision model whose weights are rounded when it is trained}"""
+    found = {}
+    for how in ('', 'int8/row', 'int4/row', 'int3/row', 'ternary/row/absmean'):
+        for layer in layers(run).values():
+            layer.how = Recipe(weights=spec(how), parts=layer.how.parts)
+        found[how] = run.evaluate(2 ** 17)['val_loss']
+    return found
+
+
+def analyse(jobs, size):
+    """Every analysis, as a dict for the JSON file; jobs {name: [Job, one a seed]}, size the
+    arguments they have in common."""
+    run, x, y = load(jobs[BASE][0])
+    inputs, outputs = traffic(run, x, y)
+    found = {'outliers': outliers(inputs), 'zeros': zeros(run, x, y, outputs),
+             'cosines': cosines(run, x, y), 'layers': list(layers(run)), 'memory': {}}
+    for layer in layers(run).values():
+        layer.how = Recipe(spec('int4/row'), spec('int4/row'), parts=layer.how.parts)
+    found['snr'] = {name: {k: entry[k]['snr_db'] for k in ('weights', 'activations')}
+                    for name, entry in health(run.model, x[:1]).items()}
+    for name, args in {'float32': ['config/baseline.py', '--dtype=float32'],
+                       'bfloat16': ['config/baseline.py', '--dtype=bfloat16'],
+                       'W8A8 + 8-bit Adam': ['config/w8a8.py', 'config/adam8.py'],
+                       'W4A4 + 4-bit Adam': ['config/adam4.py', *keys(
+                           weights='int4/row', activations='int4/row')],
+                       'direct ternary': ['config/ternary.py']}.items():
+        found['memory'][name] = memory([*size, *args], run.vocab_size, x, y)
+    found['sharpness'] = {name: [sharpness(*load(job)) for job in jobs[name]]
+                          for name in KEPT[:5]}
+    found['post_training'] = [post_training(load(job)[0]) for job in jobs[BASE]]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# what comes out
+
+def claims(results, analysis):
+    """Lines of a markdown table: each claim with its verdict and numbers."""
+    lines = ['| of | claim | run, against | | |', '|---|---|---|---|---|']
+    for of, text, a, sign, percent, b in CLAIMS:
+        said, numbers = verdict(results, a, b, sign, percent)
+        lines.append(f'| {of} | {text} | {a}, {b} | **{said}** | {numbers} |')
+
+    def say(of, text, about, passed, numbers):
+        said = 'UNRESOLVED' if passed is None else 'PASS' if passed else 'FAIL'
+        lines.append(f'| {of} | {text} | {about} | **{said}** | {numbers} |')
+
+    share = analysis['zeros']['int8/tensor']['head']
+    say('3', 'absmax makes most of a gradient zero', 'softmax - onehot, int8, a scale a tensor',
+        share > 0.5, f'{100 * share:.1f} % zeros, wanted > 50 %')
+    for way, other in (('nearest', 'W8A8'),):
+        a, b = (statistics.mean(analysis['cosines'][k]) for k in (f'G8, {way}', other))
+        say('3', 'gradients are what suffers', 'cosine of dw: G8 nearest, W8A8', a < b,
+            f'{a:.4f}, {b:.4f}, wanted the first smaller')
+    sharp = {name: [curve[-1][1] for curve in curves]
+             for name, curves in analysis['sharpness'].items()}
+    for name in (W('int4', 'a row'), W('ternary', 'a row')):
+        gaps = [a - b for a, b in zip(sharp[name], sharp[BASE])]
+        mean, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+        say('5', 'low bits sit in sharper minima', f'{name}, {BASE}',
+            None if abs(mean) < 2 * error else mean > 0,
+            f'loss at eps .4: {mean:+.3f} ± {error:.3f} more, wanted > 0')
+    for how, name in (('int8/row', W('int8', 'a row')), ('int4/row', W('int4', 'a row')),
+                      ('int3/row', W('int3', 'a row'))):
+        after = {seed: found[how] / found[''] for seed, found in
+                 zip(losses(results, BASE), analysis['post_training'])}
+        trained = losses(results, name)
+        base = losses(results, BASE)
+        gaps = [100 * (after[s] - trained[s] / base[s]) for s in after if s in trained]
+        mean, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+        say('6', f'rounding after training is worse at {how[:4]}', f'rounded baseline, {name}',
+            None if abs(mean) < 2 * error else mean > 0,
+            f'{mean:+.2f} ± {error:.2f} % of the loss, wanted > 0')
+    return lines
+
+
+def draw_losses(results, sections, path):
+    """A row a strategy: loss against the baseline, mean, standard error and single seeds."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    most, names = 12, [(s, n) for s in sections if s for n in sections[s]]
+    fig, axis = pyplot.subplots(figsize=(9, 0.2 * (len(names) + 2 * len(sections))),
+                                layout='constrained')
+    place, ticks = 0, []
+    for section in sections:
+        if not section:
+            continue
+        place += 1
+        axis.text(-3.9, place, section, weight='bold', va='center', fontsize=8)
+        place += 1
+        for name in sections[section]:
+            mean, error = compare(results, name, BASE)
+            base, own = losses(results, BASE), losses(results, name)
+            dots = [100 * (own[s] / base[s] - 1) for s in own if s in base]
+            axis.plot([min(d, most) for d in dots], [place] * len(dots), '.', color='0.7', ms=4)
+            label = '' if mean <= most else ' not finite' if math.isinf(mean) else f' {mean:+.0f} %'
+            color = 'C0' if mean <= 1 else 'C1' if mean <= 3 else 'C3'
+            axis.errorbar(min(mean, most), place, xerr=0 if math.isnan(error) else error, fmt='o',
+                          ms=4, color=color, capsize=2)
+            axis.text(most + 0.1, place, label, va='center', fontsize=7)
+            ticks.append((place, name))
+            place += 1
+    axis.set_yticks(*zip(*ticks), fontsize=7)
+    axis.set(ylim=(place, 0), xlim=(-4, most), xlabel='validation loss against the full-precision '
+             'baseline, %: mean and standard error; grey: single seeds (paired)')
+    axis.axvline(0, color='0.5', lw=1)
+    axis.grid(axis='x', alpha=0.3)
+    fig.savefig(path, dpi=130)
+
+
+def draw_analysis(found, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    fig, ((a, b, c), (d, e, f)) = pyplot.subplots(2, 3, figsize=(15, 8.5), layout='constrained')
+    for name, channels in found['outliers'].items():
+        kind = name.split('.', 1)[1]
+        color = {'attn.c_attn': 'C0', 'attn.c_proj': 'C1', 'mlp.c_fc': 'C2', 'mlp.c_proj': 'C3'}
+        a.plot([i / len(channels) for i in range(len(channels))], channels, color=color[kind],
+               label=kind if name[0] == '0' else None, alpha=0.7)
+    a.axhline(6, color='0.4', ls='--')
+    a.text(0.98, 6.2, 'outlier: 6 deviations above the mean', ha='right', fontsize=8)
+    a.set(title='Outlier channels of the inputs', xlabel='channels of a layer, sorted (share)',
+          ylabel='largest |x|, deviations above the mean |x|', yscale='log')
+    a.legend(fontsize=8)
+    places = range(len(found['layers']))
+    short = [n.replace('attn.', '').replace('c_attn', 'qkv').replace('mlp.c_fc', 'fc')
+             .replace('mlp.c_proj', 'down').replace('c_proj', 'out') for n in found['layers']]
+    for k, offset in (('weights', -0.2), ('activations', 0.2)):
+        b.bar([p + offset for p in places], [found['snr'][n][k] for n in found['layers']], 0.4,
+              label=f'int4 {k}, a scale a row')
+    b.set(title='What 4 bits do to each layer (more is better)', ylabel='signal to noise, dB')
+    b.set_xticks(places, short, rotation=90, fontsize=7)
+    b.legend(fontsize=8)
+    for name, values in found['cosines'].items():
+        c.plot(places, values, 'o-', ms=3, label=name)
+    c.set(title='Gradient of the weights: cosine to full precision', ylabel='cosine')
+    c.set_xticks(places, short, rotation=90, fontsize=7)
+    c.legend(fontsize=8)
+    for how, values in found['zeros'].items():
+        d.plot(range(len(values)), [100 * v for v in values.values()], 'o-', ms=3, label=how)
+    d.set(title='Gradients that rounding to nearest makes zero', ylabel='%')
+    d.set_xticks(range(len(short) + 1), short + ['logits'], rotation=90, fontsize=7)
+    d.legend(fontsize=8)
+    for name, curves in found['sharpness'].items():
+        eps = [p[0] for p in curves[0]]
+        rises = [[curve[i][1] for curve in curves] for i in range(len(eps))]
+        error = [statistics.stdev(r) / len(r) ** 0.5 if len(r) > 1 else 0 for r in rises]
+        e.errorbar(eps, [statistics.mean(r) for r in rises], error, fmt='o-', ms=3, capsize=2,
+                   label=name)
+    e.set(title='Sharpness: loss under random weight perturbations',
+          xlabel='size of the noise / rms of the weights', ylabel='rise of the loss, nats/token')
+    e.legend(fontsize=8)
+    bottom = [0.0] * len(found['memory'])
+    for kind in ('weights', 'gradients', 'optimizer', 'activations'):
+        values = [m[kind] / 1e6 for m in found['memory'].values()]
+        f.bar(range(len(values)), values, bottom=bottom, label=kind)
+        bottom = [x + y for x, y in zip(bottom, values)]
+    f.set(title='Memory of a training step', ylabel='MB, read off the storages')
+    f.set_xticks(range(len(bottom)), found['memory'], rotation=20, ha='right', fontsize=8)
+    f.legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
+def main(options):
+    sections = rows()
+    size = [*SIZES[options.size], *RATES]
+    jobs = {name: [Job(name, [*size, *args], seed) for seed in (1, 2, 3)]
+            for section in sections.values() for name, args in section.items()}
+    stem = RESULTS / f'pretraining-{options.size}'
+    # one seed of every row, and three of those that come near the baseline or are in a claim
+    first = run_all(stem.with_suffix('.jsonl'), [job[0] for job in jobs.values()], options.jobs, KEPT)
+    close = {r['name'] for r in first if abs(compare(first, r['name'], BASE)[0]) <= 3}
+    close |= {name for claim in CLAIMS for name in (claim[2], claim[5])} | {*KEPT}
+    more = [job for name in jobs if name in close for job in jobs[name][1:]]
+    results = first + run_all(stem.with_suffix('.jsonl'), more, options.jobs, KEPT)
+    path = stem.with_name(stem.name + '-analysis.json')
+    if not path.exists():
+        missing = [job for name in KEPT for job in jobs[name]
+                   if not (job.folder / 'ckpt.pt').exists()]
+        if missing:
+            raise SystemExit(f'the checkpoints of {missing[0].name} are gone: remove their lines '
+                             f'from {stem.name}.jsonl to train them again')
+        path.write_text(json.dumps(analyse(jobs, size)), encoding='utf-8')
+    analysis = json.loads(path.read_text(encoding='utf-8'))
+    lines = claims(results, analysis)
+    for section, names in sections.items():
+        lines += ['', f'{section}' or '', '', *table(results, BASE, names)]
+    stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines))
+    draw_losses(results, sections, stem.with_suffix('.png'))
+    draw_analysis(analysis, stem.with_name(stem.name + '-analysis.png'))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--size', choices=SIZES, default='small')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
+    os.chdir(ROOT)                                      # where config/ is
+    main(parser.parse_args())
