@@ -25,7 +25,7 @@ from quant import Linear, Recipe, dequantize, health, held, quantize, spec
 from train import Run, make_optimizer, parse, pick_dtype, to_batch
 
 # every row trains like the baseline; the two rates are the best found for it and for BitNet
-RATES = ['--learning_rate=1.5e-3', '--embedding_lr=6e-3', '--eval_interval=1000']
+RATES = ['--learning_rate=1.5e-3', '--embedding_lr=12e-3', '--eval_interval=1000']
 
 
 def keys(**values):

@@ -58,6 +58,12 @@ def machine():
     return f'{name}, {os.cpu_count()} cores'
 
 
+def cores():
+    """How many this process may use."""
+    affinity = getattr(os, 'sched_getaffinity', None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def read(path):
     """The results in a file, a list of dicts; [] where there is none."""
     if not path.exists():
@@ -85,9 +91,9 @@ def run_one(job):
     curve = [[e['iter'], e['flips'] if 'flips' in e else None, e['train_loss']]
              for e in log if 'train_loss' in e]
     kept = {'val_loss': None, 'failed': failed} if failed else \
-        {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds', 'health')}
+        {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
     return {'name': job.name, 'seed': job.seed, 'args': job.args, **kept,
-            'curve': curve[::max(1, len(curve) // 50)], 'threads': torch.get_num_threads(),
+            'curve': curve[::max(1, len(curve) // 20)], 'threads': torch.get_num_threads(),
             'sha256': first['sha256'], **first['versions'], 'machine': machine(),
             'date': str(date.today())}
 
@@ -100,7 +106,7 @@ def run_all(path, todo, jobs, keep=()):
 
     wanted = [key(*job) for job in todo]
     done = {key(r['name'], r['args'], r['seed']) for r in read(path)}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
     with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (threads,)) as pool:
         pending = {pool.submit(run_one, job): job
