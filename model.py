@@ -59,6 +59,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2)       # (B, nh, T, hs)
                    for y in self.c_attn(x).chunk(3, -1))
+        if x.device.type == 'cpu':                  # attention of short heads is slow in bfloat16
+            q, k, v = q.float(), k.float(), v.float()
         if angles is not None:
             q, k = rope(q, *angles), rope(k, *angles)
         if cache is not None:
@@ -70,7 +72,7 @@ class Attention(nn.Module):
             if T < k.shape[2] else None
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
                                            is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 
 class MLP(nn.Module):
