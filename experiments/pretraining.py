@@ -18,18 +18,14 @@ import sys
 
 import torch
 
-from experiments.runs import (RESULTS, ROOT, SIZES, Job, compare, losses, run_all, table,
-                              verdict)
+from experiments.runs import (RESULTS, ROOT, SIZES, Job, claim_lines, compare, keys, losses,
+                              run_all, table)
 from model import GPT
 from quant import Linear, Recipe, dequantize, health, held, quantize, spec
 from train import Run, make_optimizer, parse, pick_dtype, to_batch
 
 # every row trains like the baseline; the two rates are the best found for it and for BitNet
 RATES = ['--learning_rate=1.5e-3', '--embedding_lr=12e-3', '--eval_interval=1000']
-
-
-def keys(**values):
-    return [f'--{key}={value}' for key, value in values.items()]
 
 
 def rows():
@@ -104,7 +100,7 @@ CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a)
     ('1', 'a scale a tensor is worst', W('int4', 'a tensor'), '>=', 0, W('int4', 'a row')),
     ('2', '8-bit activations, a scale a token, are close', A('int8', 'a token'), '<=', 1, BASE),
     ('2', '4-bit activations are not', A('int4', 'a token'), '>=', 1, BASE),
-    ('3', 'gradients rounded to nearest, 8 bits, hurt', G('int8', 'both', 'nearest'), '>=', 0, BASE),
+    ('3', '8-bit gradients, to nearest, hurt', G('int8', 'both', 'nearest'), '>=', 0, BASE),
     ('3', '4 bits more', G('int4', 'both', 'nearest'), '>=', 1, G('int8', 'both', 'nearest')),
     ('ours', 'stochastic rounding repairs 8 bits', G('int8', 'both', 'stochastic'), '<=', 1, BASE),
     ('4', '8-bit m is free', 'int8 m', '<=', 1, BASE),
@@ -291,10 +287,7 @@ def analyse(jobs, size):
 
 def claims(results, analysis):
     """Lines of a markdown table: each claim with its verdict and numbers."""
-    lines = ['| of | claim | run, against | | |', '|---|---|---|---|---|']
-    for of, text, a, sign, percent, b in CLAIMS:
-        said, numbers = verdict(results, a, b, sign, percent)
-        lines.append(f'| {of} | {text} | {a}, {b} | **{said}** | {numbers} |')
+    lines = claim_lines(results, CLAIMS)
 
     def say(of, text, about, passed, numbers):
         said = 'UNRESOLVED' if passed is None else 'PASS' if passed else 'FAIL'
@@ -349,7 +342,7 @@ def draw_losses(results, sections, path):
             base, own = losses(results, BASE), losses(results, name)
             dots = [100 * (own[s] / base[s] - 1) for s in own if s in base]
             axis.plot([min(d, most) for d in dots], [place] * len(dots), '.', color='0.7', ms=4)
-            label = '' if mean <= most else ' not finite' if math.isinf(mean) else f' {mean:+.0f} %'
+            label = 'not finite' if math.isinf(mean) else f'{mean:+.0f} %' if mean > most else ''
             color = 'C0' if mean <= 1 else 'C1' if mean <= 3 else 'C3'
             axis.errorbar(min(mean, most), place, xerr=0 if math.isnan(error) else error, fmt='o',
                           ms=4, color=color, capsize=2)
@@ -425,11 +418,12 @@ def main(options):
             for section in sections.values() for name, args in section.items()}
     stem = RESULTS / f'pretraining-{options.size}'
     # one seed of every row, and three of those that come near the baseline or are in a claim
-    first = run_all(stem.with_suffix('.jsonl'), [job[0] for job in jobs.values()], options.jobs, KEPT)
+    path = stem.with_suffix('.jsonl')
+    first = run_all(path, [job[0] for job in jobs.values()], options.jobs, KEPT)
     close = {r['name'] for r in first if abs(compare(first, r['name'], BASE)[0]) <= 3}
     close |= {name for claim in CLAIMS for name in (claim[2], claim[5])} | {*KEPT}
     more = [job for name in jobs if name in close for job in jobs[name][1:]]
-    results = first + run_all(stem.with_suffix('.jsonl'), more, options.jobs, KEPT)
+    results = first + run_all(path, more, options.jobs, KEPT)
     path = stem.with_name(stem.name + '-analysis.json')
     if not path.exists():
         missing = [job for name in KEPT for job in jobs[name]

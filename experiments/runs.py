@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import train
+from experiments.ideas import trying
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
@@ -32,8 +33,15 @@ SIZES = {  # name: arguments for train.py that come before all others
     'small': ['--n_embd=128', '--hidden=384', '--block_size=128', '--batch_size=16',
               '--max_iters=400', '--warmup_iters=40'],
     'default': [],
+    'large': ['--n_layer=8', '--n_embd=640', '--n_head=10', '--batch_size=4', '--max_iters=5000',
+              '--warmup_iters=200', '--eval_interval=500'],                     # 41M, 11 times
     'gpt2': ['config/gpt2.py', '--max_iters=5000'],
 }
+
+
+def keys(**values):
+    """Config keys as arguments for train.py."""
+    return [f'--{key}={value}' for key, value in values.items()]
 
 
 class Job(NamedTuple):
@@ -76,11 +84,12 @@ def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
     val_loss None; any other failure raises RuntimeError with its last words."""
     resume = ['--init_from=resume'] if (job.folder / 'ckpt.pt').exists() else ['--overwrite=True']
-    failed = ''
+    failed, idea = '', ''.join(a.removeprefix('--idea=') for a in job.args if '--idea=' in a)
+    args = [a for a in job.args if '--idea=' not in a]
     torch._dynamo.reset()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), trying(idea):
         try:
-            train.main([*job.args, f'--seed={job.seed}', '--sample_tokens=0',
+            train.main([*args, f'--seed={job.seed}', '--sample_tokens=0',
                         f'--out_dir={job.folder}', *resume])
         except SystemExit as e:
             failed = str(e)
@@ -108,7 +117,8 @@ def run_all(path, todo, jobs, keep=()):
     done = {key(r['name'], r['args'], r['seed']) for r in read(path)}
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
-    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (threads,)) as pool:
+    spawn = get_context('spawn')
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
         pending = {pool.submit(run_one, job): job
                    for job, k in zip(todo, wanted) if k not in done}
         try:
@@ -159,10 +169,20 @@ def verdict(results, a, b, sign, percent):
     return said, f'{mean:+.2f} ± {error:.2f} %, wanted {sign} {percent:+g} %'
 
 
+def claim_lines(results, claims):
+    """Lines of a markdown table of verdicts; claims [(of, text, a, sign, percent, b)]."""
+    lines = ['| of | claim | run, against | | |', '|---|---|---|---|---|']
+    for of, text, a, sign, percent, b in claims:
+        if losses(results, a) and losses(results, b):
+            said, numbers = verdict(results, a, b, sign, percent)
+            lines.append(f'| {of} | {text} | {a}, {b} | **{said}** | {numbers} |')
+    return lines
+
+
 def table(results, reference, names=None):
     """Lines of a markdown table: loss over seeds, difference from `reference`, bytes a weight."""
-    lines = ['| run | seeds | val loss, nats/token | difference, paired | bytes a weight: weight + '
-             'optimizer |', '|---|---|---|---|---|']
+    lines = ['| run | seeds | val loss, nats/token | difference, paired | bytes: weight + states |',
+             '|---|---|---|---|---|']
     for name in names or dict.fromkeys(r['name'] for r in results):
         rows = [r for r in results if r['name'] == name]
         values = list(losses(results, name).values())

@@ -1,0 +1,87 @@
+"""
+Ideas for the direct update that quant.py does not have: each a few lines, put in its place for one
+run by the argument --idea=NAME of an experiment. What they gave is in experiments/direct.py.
+
+    lion       r = sign(m): Lion (Chen et al., arXiv 2302.06675)
+    muon       r = U V^T of m, of rms 1: Muon (Jordan et al., 2024)
+    estimated  the noise floor is median |r| / .6745 of a block of rows, not computed from beta1
+    reset      m <- 0 where a code changed: its evidence is used up
+    feedback   what rounding left over goes into m: m is then also a low-bit residual, so that the
+               weight is in effect a latent of more bits
+    squared    p = lr r |r|: strong evidence counts for more
+"""
+from contextlib import contextmanager
+
+import torch
+
+import quant
+
+usual, update = quant.direction, quant.update
+
+
+def lion(m, v, h):
+    return m.sign()
+
+
+def muon(m, v, h):
+    """Five steps of Newton-Schulz; needs whole matrices."""
+    x = m if m.shape[0] <= m.shape[1] else m.T
+    x = x / (x.norm() + 1e-30)
+    for _ in range(5):
+        y = x @ x.T
+        x = 3.4445 * x + (-4.775 * y + 2.0315 * y @ y) @ x
+    x = x * max(x.shape) ** 0.5
+    return x if m.shape[0] <= m.shape[1] else x.T
+
+
+def estimated(m, v, h):
+    r = usual(m, v, h._replace(tau=torch.zeros_like(h.tau)))
+    return (r.abs() - r.abs().median() / 0.6745).clamp(min=0).copysign(r)
+
+
+def squared(m, v, h):
+    r = usual(m, v, h)
+    return r * r.abs()
+
+
+def reset(w, g, m, v, h, key, start, code_units):
+    before = quant.dequantize(w)
+    out = update(w, g, m, v, h, key, start, code_units)
+    left = torch.where(quant.dequantize(w) == before, quant.dequantize(m), 0.0)
+    quant._put(m, quant.quantize(left, m.spec))
+    return out
+
+
+def feedback(w, g, m, v, h, key, start, code_units):
+    """The step wanted was -lr r half ranges, the step taken a whole number of levels: the
+    difference e comes back through m, which gives (1 - beta1) of itself at a step."""
+    before = quant.dequantize(w)
+    out = update(w, g, m, v, h, key, start, code_units)
+    r = v[0] * v[1] / v[2] if not isinstance(v, quant.QTensor) else quant.dequantize(v)
+    unit = h.bias1 / h.bias2.sqrt() * r.sqrt()                          # of m: r = m / unit
+    now = quant.dequantize(m)
+    e = -h.lr * now / unit - (quant.dequantize(w) - before) / (w.scale * w.spec.top)
+    back = now - e.clamp(-1, 1) * unit * (1 - h.beta1) / h.lr
+    quant._put(m, quant.quantize(back, m.spec, key + 7, start=start))
+    return out
+
+
+@contextmanager
+def trying(name):
+    """Within, quant.py has the idea `name`; '' is none."""
+    before = quant.direction, quant.update, quant.Group.__init__
+
+    def whole(group, *args):
+        before[2](group, *args)
+        group.block = group.rows
+
+    if name in ('reset', 'feedback'):
+        quant.update = globals()[name]
+    elif name:
+        quant.direction = globals()[name]
+    if name == 'muon':
+        quant.Group.__init__ = whole
+    try:
+        yield
+    finally:
+        quant.direction, quant.update, quant.Group.__init__ = before
