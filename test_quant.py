@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import quant
 import train
 from data.corpus import prepare
 from data.tokenizer import encoding, make_tokenizer, train_bpe
+from experiments import direct, ideas, pretraining, runs
 from model import GPT, rope
 from quant import (FLOATS, INTEGERS, AdamW, KVCache, Linear, Spec, dequantize, fake_quant, health,
                    held, noise_key, pack, quantize, spec, uniform, unpack)
@@ -662,6 +664,29 @@ def test_as_published_the_mean_of_w_is_adamw():
     torch.optim.AdamW([full], lr=5e-3, weight_decay=0.1).step()
     assert layer.scale.item() == s                                      # anew, it would collapse
     assert ((total / n - full.clamp(-s, s)).abs() <= 5 * s * 0.5 / math.sqrt(n)).all()
+
+
+def test_the_momentum_ramp_is_a_weighted_mean():
+    """m / (1 - prod beta1) = sum w_i g_i / sum w_i, w_i = (1 - beta1_i) prod of the later beta1."""
+    layer, _, step = pair(learning_rate=1.0, betas=(0.5, 0.0), ramp=2.0)
+    w, m, total = layer.weight.detach().clone(), 0.0, 0.0
+    for t in range(1, 30):
+        g, beta1 = normal(64, 128, seed=t), 1 - 1 / (10 + t / 2)
+        m, total = beta1 * m + (1 - beta1) * g, beta1 * total + 1 - beta1
+        w -= m / total / g.abs()                                        # beta2 = 0: v = g^2
+        assert torch.allclose(step(g), w, rtol=1e-3, atol=1e-3 * w.abs().max().item())
+
+
+def test_embeddings_and_norms_have_a_rate_of_their_own():
+    model = gpt('config/bitnet.py', '--n_layer=1', '--n_embd=32', '--hidden=32')
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = AdamW(model, learning_rate=1e-3, embedding_lr=0.5)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        rate = 1e-3 if name.startswith('h.') and 'ln' not in name else 0.5
+        assert torch.allclose(before[name] - p, torch.tensor(rate), rtol=1e-2)
 
 
 def test_no_flips_below_the_threshold():
@@ -1339,6 +1364,56 @@ def test_a_vocabulary_that_does_not_fit(vocab, tmp_path):
     with pytest.raises(SystemExit, match='256'):
         prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], vocab)
     assert not (tmp_path / 'meta.json').exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# the experiments
+
+def test_every_row_of_an_experiment_is_a_run():
+    for program in (pretraining, direct):
+        names = [name for section in program.rows().values() for name in section]
+        assert len(set(names)) == len(names)
+        assert {c[i] for c in program.CLAIMS for i in (2, 5)} <= set(names)
+        for section in program.rows().values():
+            for args in section.values():
+                train.parse([arg for arg in args if '--idea=' not in arg])
+
+
+def test_verdicts_need_two_standard_errors():
+    lines = lambda name, losses: [{'name': name, 'seed': i, 'val_loss': x}
+                                  for i, x in enumerate(losses)]
+    results = lines('base', [2.0, 3.0, 4.0]) + lines('better', [1.98, 2.97, 3.96]) + \
+        lines('alike', [2.02, 3.0, 3.96]) + lines('broken', [2.0, None, 4.0]) + lines('once', [1.0])
+    said = lambda *claim: runs.verdict(results, *claim)[0]
+    assert runs.compare(results, 'better', 'base') == pytest.approx((-1, 0))
+    assert said('better', 'base', '<=', 0) == 'PASS' and said('better', 'base', '>=', 0) == 'FAIL'
+    assert said('alike', 'base', '<=', 0) == 'UNRESOLVED' and said('alike', 'base', '<=', 2) == 'PASS'
+    assert said('broken', 'base', '<=', 5) == 'FAIL' and said('broken', 'base', '>=', 5) == 'PASS'
+    assert said('once', 'base', '<=', 0) == 'UNRESOLVED'
+
+
+def test_an_experiment_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, 'ROOT', tmp_path)
+    path, args = tmp_path / 'results.jsonl', [a for a in small if 'out_dir' not in a]
+    todo = [runs.Job('one', ['config/ternary.py', *args, '--idea=lion'], 1),
+            runs.Job('two', [*args, '--learning_rate=1e18'], 1)]
+    class Here(Executor):           # instead of a pool of processes: one can look into it
+        def __init__(self, *_):
+            pass
+
+        def submit(self, f, job):
+            future = Future()
+            future.set_result(f(job))
+            return future
+
+    monkeypatch.setattr(runs, 'ProcessPoolExecutor', Here)
+    seen = []
+    one, two = runs.run_all(path, todo, 1, keep=('one',))
+    assert one['val_loss'] > 0 and two['val_loss'] is None and 'is nan at' in two['failed']
+    assert todo[0].folder.exists() and not todo[1].folder.exists()
+    monkeypatch.setattr(runs, 'run_one', seen.append)
+    assert runs.run_all(path, todo, 1) == [one, two] and not seen
+    assert quant.direction is ideas.usual                               # and nothing stays patched
 
 
 # ------------------------------------------------------------------------------------------------
