@@ -59,7 +59,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2)       # (B, nh, T, hs)
                    for y in self.c_attn(x).chunk(3, -1))
-        if x.device.type == 'cpu':                  # attention of short heads is slow in bfloat16
+        if x.device.type == 'cpu':                  # there bfloat16 is no faster, or even slower
             q, k, v = q.float(), k.float(), v.float()
         if angles is not None:
             q, k = rope(q, *angles), rope(k, *angles)

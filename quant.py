@@ -69,7 +69,8 @@ class Spec:
               others), or a block of so many neighbours on the last axis
     scale     absmax: s = max|x| / Qp, which clips nothing; absmean: s = mean|x| / Qp; mse: of .3,
               .4 .. 1 times absmax the one with the least |x - x^|^2
-    rounding  nearest, or stochastic: up with the probability that makes the mean right
+    rounding  nearest, or stochastic: up with the probability that makes the mean right, of all
+              that is not clipped
     map       the level of code c is c (linear), c |c| (sqrt, for m) or c |c|^3 (root4, for v:
               nearest by the fourth root, and never from positive to zero)
     sign      asymmetric: a zero point z per group, x^ = (q + z) s, so that codes span [min, max]
@@ -158,7 +159,7 @@ def spec(text):
         (floating and s.map != 'linear', 'a float grid has no map'),
         (s.packing == 'trits' and s.grid != 'ternary', 'only ternary packs as trits'),
         (s.format and s.scale == 'absmean', f'the scales of {s.format} come from absmax'),
-        (s.format == 'mxfp4' and s.scale == 'mse', 'powers of two are too far apart to search'),
+        (s.format == 'mxfp4' and s.scale == 'mse', 'the scales of mxfp4 come from absmax'),
         (s.rotation and s.grid[0] == 'u' and not zero_point, 'what is rotated has negatives'),
         (s.grid == 'bf16' and fields.keys() - {'grid', 'rounding'}, 'bf16 has no scale'),
     ):
@@ -232,7 +233,7 @@ def rotate(x):
 
     A rotation spreads an outlier over its block: what is quantized is close to normal (QuaRot,
     arXiv 2404.00456; in pre-training, QuEST, arXiv 2502.05003)."""
-    n = min(128, x.shape[-1] & -x.shape[-1])
+    n = max(2 ** i for i in range(8) if x.shape[-1] % 2 ** i == 0)
     h = torch.ones(1, 1, device=x.device)
     while len(h) < n:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
@@ -460,10 +461,12 @@ class Recipe:
                 raise ValueError(f"{key} = '{getattr(self, key)}' multiplies codes: quantize "
                                  f"{name} to {kind}, with a scale {scales}; or {key} = "
                                  f"'{instead}'")
-        if codes['activations'].rotation != first.rotation or \
-                first.rotation and self.backward == 'fold':
-            raise ValueError('codes can be multiplied if weights and activations are both rotated '
-                             "or neither; with backward = 'fold', neither")
+        rotated = {s.rotation for s in codes.values()}
+        if self.backward == 'requantize':           # the gradients meet only what goes by them
+            rotated = {first.rotation, codes['activations'].rotation}
+        if rotated == {'', 'hadamard'} or self.backward == 'fold' and 'hadamard' in rotated:
+            raise ValueError('codes can be multiplied if both operands are rotated or neither: '
+                             "give hadamard to weights and activations; not with backward = 'fold'")
 
 
 TUNED = {'max_autotune_gemm': True}     # to inductor: scales fuse only into Triton's int8 matmuls
@@ -546,7 +549,7 @@ def matmul_on_codes(g, q, how, key, transposed):
         requantize    dx = Q(g) Q(w^T)^T            dw = Q(g^T) Q(x^T)^T
 
     Q is the Spec of the gradients, its groups and its rotation along the sum; x^ and w^ are rounded
-    to nearest. Folding reuses the codes of the forward, and costs accuracy in dw where some tokens
+    to nearest, and to e4m3 where g is e5m2. Folding reuses the codes of the forward, and costs accuracy in dw where some tokens
     of x are far larger than others."""
     dtype = g.dtype
     if how.backward == 'fold':
@@ -555,7 +558,8 @@ def matmul_on_codes(g, q, how, key, transposed):
         q = q._replace(scale=g.scale.new_ones(1, 1))
         return matmul(_transpose(g) if transposed else g, _transpose(q), how.compute, dtype)
     g = quantize(g.T if transposed else g, how.gradients, key)
-    q = quantize(dequantize(q).T, replace(how.gradients, rounding='nearest'))
+    grid = 'fp8' if how.gradients.grid == 'fp8e5' else how.gradients.grid
+    q = quantize(dequantize(q).T, replace(how.gradients, grid=grid, rounding='nearest'))
     return matmul(g, q, how.compute, dtype)
 
 
@@ -631,7 +635,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, x, w, targets, key, how, chunk, training):
         N, most = len(x), 2 ** 28 if x.is_cuda else 2 ** 20                # elements of logits
         chunks = min(N, math.ceil(N * len(w) / most))
-        n = math.ceil(N / chunks)
+        n = math.ceil(N / chunks / 128) * 128                   # blocks of a Spec divide it
         loss, dx, dw = 0.0, [], None
         for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):
             l_i, dx_i, dw_i = chunk(x_i, w, t_i, how, key + 8 * i, 1 / N if training else None)
@@ -707,9 +711,10 @@ class Linear(nn.Module):
         s = spec(master)
         if s is None:
             return
-        if s.sign == 'asymmetric' or s.map != 'linear' or s.grid[0] == 'u' or s.format:
+        if s.sign == 'asymmetric' or s.map != 'linear' or s.grid[0] == 'u' or s.format or \
+                s.rotation:
             raise ValueError(f"master = '{master}': a stored weight takes a symmetric, signed, "
-                             'linear grid with float32 scales')
+                             'linear grid with float32 scales, not rotated')
         q = quantize(self.weight, replace(s, rounding='nearest'))
         self.master = s
         self.codes, self.scale = q.codes, q.scale

@@ -77,7 +77,7 @@ def test_spec_words_come_in_any_order():
     ('int4/trits', 'only ternary'), ('int8/asymmetric/absmean', 'not absmean'),
     ('nvfp4/32', 'second'), ('nvfp4/absmean', 'absmax'), ('bf16/row', 'no scale'),
     ('int8/asymmetric/sqrt', 'linear'), ('int8/symmetric/asymmetric', 'second'),
-    ('INT8', 'unknown'), ('mxfp4/mse', 'too far apart'), ('uint8/hadamard', 'has negatives'),
+    ('INT8', 'unknown'), ('mxfp4/mse', 'come from absmax'), ('uint8/hadamard', 'has negatives'),
     ('bf16/hadamard', 'no scale')])
 def test_bad_spec_names_the_word(text, says):
     with pytest.raises(ValueError, match=re.escape(says)) as e:
@@ -463,7 +463,9 @@ def test_folding_costs_where_tokens_differ_in_size():
     ({'backward': 'requantize', 'weights': 'int8/row'}, 'quantizes by gradients'),
     ({'compute': 'int8', 'weights': 'int8/row/hadamard', 'activations': 'int8/row'}, 'rotated'),
     ({'backward': 'fold', 'gradients': 'int8/row',
-      **dict.fromkeys(('weights', 'activations'), 'int8/row/hadamard')}, 'neither')])
+      **dict.fromkeys(('weights', 'activations'), 'int8/row/hadamard')}, 'not with'),
+    ({'backward': 'fold', 'gradients': 'int8/row/hadamard',
+      **dict.fromkeys(('weights', 'activations'), 'int8/row')}, 'rotated or neither')])
 def test_codes_that_cannot_be_multiplied(how, says):
     with pytest.raises(ValueError, match=says):
         Linear(32, 32, **how)(normal(4, 32))

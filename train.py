@@ -53,8 +53,9 @@ class Config:
     activations: str = ''        # their inputs
     gradients: str = ''          # gradients of their outputs,
     gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
-    backward: str = 'ste'        # the backward sees quantized x and w (ste), full ones (full), or
-                                 # multiplies codes: scales folded into g, or x and w requantized
+    backward: str = 'ste'        # the backward sees quantized x and w (ste), full ones (full), codes
+                                 # with the scales folded into g (fold), or x and w quantized anew
+                                 # by the Spec of the gradients (requantize)
     compute: str = 'float'       # what is multiplied: codes dequantized, or codes (int8, fp8)
     kv_cache: str = ''           # keys and values
     master: str = ''             # the weights as they are stored between steps
@@ -72,9 +73,9 @@ class Config:
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm, or as update_in_backward says; 0: off
-    threshold: float = 0.0       # block linears: no step on evidence below so many deviations of
-                                 # the noise in it,
-    ramp: float = 0.0            # and beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
+    # of block linears alone:
+    threshold: float = 0.0       # no step on evidence below so many deviations of the noise in it
+    ramp: float = 0.0            # beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
     # the direct update of low-bit masters, if code_lr > 0; else they too go by learning_rate
     code_lr: float = 0.0         # half ranges of the grid a step
     scale_lr: float = 0.01       # of their scales; 0: fixed
@@ -233,6 +234,8 @@ def check(config):
                 fail(f'{key}: {e}')
             if s and key != 'adam_v' and s.grid[0] == 'u' and s.sign == 'symmetric':
                 fail(f"{key} = '{getattr(config, key)}' has no negatives; use int, or asymmetric")
+            if s and key == 'adam_v' and s.rotation:
+                fail(f"{key} = '{getattr(config, key)}': v must stay positive, a rotation mixes it")
     specs = [spec(getattr(config, key)) for key in ('weights', 'activations', 'gradients')]
     try:
         how = Recipe(*specs, config.gradients_in, config.backward, config.compute)
@@ -240,6 +243,10 @@ def check(config):
             how.check(spec(master))     # the head has no master
     except ValueError as e:
         fail(e)
+    group = spec(config.gradients).group if config.backward == 'requantize' else 1
+    if isinstance(group, int) and config.batch_size * config.block_size % group:
+        fail(f"backward = 'requantize' groups tokens too: batch_size x block_size must be a "
+             f'multiple of {group}')
     if config.code_lr and (not config.master or spec(config.master).grid == 'bf16'):
         fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
     if config.update_in_backward and config.grad_accum > 1:
@@ -457,6 +464,9 @@ def open_run(config):
     ckpt, log = run_files(config)
     if config.init_from == 'resume':
         checkpoint = load(ckpt)
+        if checkpoint['config'].keys() != asdict(config).keys():
+            fail(f'{ckpt} was trained by another version of this program; start a new run from its '
+                 'weights, --init_from=PATH')
         for key, old in checkpoint['config'].items():
             if key not in RUN_KEYS and getattr(config, key) != old:
                 fail(f'{ckpt} was trained with {key} = {old!r}, not {getattr(config, key)!r}; to '
