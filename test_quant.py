@@ -1381,7 +1381,7 @@ def test_every_row_of_an_experiment_is_a_run():
                 train.parse([arg for arg in args if '--idea=' not in arg])
 
 
-def test_verdicts_need_two_standard_errors():
+def test_a_verdict_needs_more_than_chance():
     lines = lambda name, losses: [{'name': name, 'seed': i, 'val_loss': x}
                                   for i, x in enumerate(losses)]
     results = lines('base', [2.0, 3.0, 4.0]) + lines('better', [1.98, 2.97, 3.96]) + \
@@ -1392,13 +1392,16 @@ def test_verdicts_need_two_standard_errors():
     assert said('alike', 'base', '<=', 0) == 'UNRESOLVED' and said('alike', 'base', '<=', 2) == 'PASS'
     assert said('broken', 'base', '<=', 5) == 'FAIL' and said('broken', 'base', '>=', 5) == 'PASS'
     assert said('once', 'base', '<=', 0) == 'UNRESOLVED'
+    assert math.isnan(runs.compare(results, 'none', 'base')[0])
+    assert runs.compare(results, 'base', 'broken')[0] == 0              # over the seeds that ended
 
 
 def test_an_experiment_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, 'ROOT', tmp_path)
     path, args = tmp_path / 'results.jsonl', [a for a in small if 'out_dir' not in a]
-    todo = [runs.Job('one', ['config/ternary.py', *args, '--idea=lion'], 1),
+    todo = [runs.Job('one', ['config/ternary.py', *args, '--idea=sign'], 1),
             runs.Job('two', [*args, '--learning_rate=1e18'], 1)]
+
     class Here(Executor):           # instead of a pool of processes: one can look into it
         def __init__(self, *_):
             pass
@@ -1409,12 +1412,17 @@ def test_an_experiment_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
             return future
 
     monkeypatch.setattr(runs, 'ProcessPoolExecutor', Here)
-    seen = []
+    train.main([*runs.plain(todo[0].args), '--seed=1', f'--out_dir={todo[0].folder}'])
+    log, seen = todo[0].folder / 'log.jsonl', []
+    whole = log_of(log.parent)[-1]['val_loss']
+    log.write_text(''.join(log.open().readlines()[:-1]))                # stopped before the end
     one, two = runs.run_all(path, todo, 1, keep=('one',))
+    assert one['val_loss'] == whole                                     # not trained once more
     assert one['val_loss'] > 0 and two['val_loss'] is None and 'is nan at' in two['failed']
     assert todo[0].folder.exists() and not todo[1].folder.exists()
     monkeypatch.setattr(runs, 'run_one', seen.append)
-    assert runs.run_all(path, todo, 1) == [one, two] and not seen
+    todo[1] = todo[1]._replace(name='renamed')
+    assert runs.run_all(path, todo, 1) == [one, {**two, 'name': 'renamed'}] and not seen
     assert quant.direction is ideas.usual                               # and nothing stays patched
 
 

@@ -12,7 +12,7 @@ experiments/results/core.jsonl; finished runs are skipped. Only lines of one sha
 import argparse
 import statistics
 
-from experiments.runs import RESULTS, read, run_all
+from experiments.runs import RESULTS, Job, read, run_all
 
 PATH = RESULTS / 'core.jsonl'
 
@@ -86,5 +86,5 @@ if __name__ == '__main__':
     for group in options.groups:
         if group not in groups():
             parser.error(f"no group '{group}': choose from {', '.join(groups())}")
-        run_all(PATH, groups()[group], options.jobs)
+        run_all(PATH, [Job(*run) for run in groups()[group]], options.jobs)
     table(read(PATH))

@@ -62,7 +62,7 @@ def rows():
                'full precision with ramp': [*FULL, *keys(ramp=20.0, beta2=0.999)]}
     ideas = {name: direct(f'--idea={name}') for name in
              ('muon', 'estimated', 'reset', 'feedback', 'squared')}
-    ideas['lion'] = direct('--idea=lion', code_lr=0.02)
+    ideas['sign'] = direct('--idea=sign', code_lr=0.02)
     return {'hard': hard, 'controls': controls, 'masters': own, 'ternary forward': seen,
             'states': states, 'ingredients': without, 'ideas': ideas, 'tune': tune()}
 

@@ -1,8 +1,8 @@
 """
 Ideas for the direct update that quant.py does not have: each a few lines, put in its place for one
-run by the argument --idea=NAME of an experiment. What they gave is in experiments/direct.py.
+run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
 
-    lion       r = sign(m): Lion (Chen et al., arXiv 2302.06675)
+    sign       r = sign(m), as in Lion (Chen et al., arXiv 2302.06675)
     muon       r = U V^T of m, of rms 1: Muon (Jordan et al., 2024)
     estimated  the noise floor is median |r| / .6745 of a block of rows, not computed from beta1
     reset      m <- 0 where a code changed: its evidence is used up
@@ -19,7 +19,7 @@ import quant
 usual, update = quant.direction, quant.update
 
 
-def lion(m, v, h):
+def sign(m, v, h):
     return m.sign()
 
 
@@ -53,16 +53,15 @@ def reset(w, g, m, v, h, key, start, code_units):
 
 
 def feedback(w, g, m, v, h, key, start, code_units):
-    """The step wanted was -lr r half ranges, the step taken a whole number of levels: the
-    difference e comes back through m, which gives (1 - beta1) of itself at a step."""
-    before = quant.dequantize(w)
+    """Wanted was q - lr r, within the grid; what rounding made of it differs by e, which comes back
+    through m: m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr."""
+    before = quant.dequantize(w) / w.scale                              # q
     out = update(w, g, m, v, h, key, start, code_units)
-    r = v[0] * v[1] / v[2] if not isinstance(v, quant.QTensor) else quant.dequantize(v)
-    unit = h.bias1 / h.bias2.sqrt() * r.sqrt()                          # of m: r = m / unit
-    now = quant.dequantize(m)
-    e = -h.lr * now / unit - (quant.dequantize(w) - before) / (w.scale * w.spec.top)
-    back = now - e.clamp(-1, 1) * unit * (1 - h.beta1) / h.lr
-    quant._put(m, quant.quantize(back, m.spec, key + 7, start=start))
+    after, now = quant.dequantize(w) / w.scale, quant.dequantize(m)
+    v = v[0] * v[1] / v[2] if not isinstance(v, quant.QTensor) else quant.dequantize(v)
+    wanted = (before - h.lr * usual(now, v, h)).clamp(-w.spec.top, w.spec.top)
+    unit = h.bias1 / h.bias2.sqrt() * v.sqrt() * (1 - h.beta1) / h.lr
+    quant._put(m, quant.quantize(now - (wanted - after) * unit, m.spec, key + 7, start=start))
     return out
 
 

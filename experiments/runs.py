@@ -14,7 +14,9 @@ import platform
 import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +36,7 @@ SIZES = {  # name: arguments for train.py that come before all others
               '--max_iters=400', '--warmup_iters=40'],
     'default': [],
     'large': ['--n_layer=8', '--n_embd=640', '--n_head=10', '--batch_size=4', '--max_iters=5000',
-              '--warmup_iters=200', '--eval_interval=500'],                     # 41M, 11 times
+              '--warmup_iters=200'],                                            # 41M, 11 times
     'gpt2': ['config/gpt2.py', '--max_iters=5000'],
 }
 
@@ -46,14 +48,29 @@ def keys(**values):
 
 class Job(NamedTuple):
     name: str
-    args: list
+    args: list      # for train.py, and at most one --idea=NAME
     seed: int
+
+    @property
+    def mark(self):
+        """A digest of all that is not the default: a run whose config file changed is another."""
+        config, default = (asdict(train.parse(args)) for args in (plain(self.args), []))
+        changed = {k: v for k, v in config.items() if v != default[k] and k != 'out_dir'}
+        text = json.dumps([changed, idea(self.args), self.seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def folder(self):
         """Where it keeps its checkpoint while, and if wished after, it runs."""
-        mark = hashlib.sha256(json.dumps([self.args, self.seed]).encode()).hexdigest()[:12]
-        return ROOT / 'out' / 'experiments' / mark
+        return ROOT / 'out' / 'experiments' / self.mark
+
+
+def plain(args):
+    return [a for a in args if not a.startswith('--idea=')]
+
+
+def idea(args):
+    return ''.join(a.removeprefix('--idea=') for a in args if a.startswith('--idea='))
 
 
 def machine():
@@ -84,14 +101,15 @@ def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
     val_loss None; any other failure raises RuntimeError with its last words."""
     resume = ['--init_from=resume'] if (job.folder / 'ckpt.pt').exists() else ['--overwrite=True']
-    failed, idea = '', ''.join(a.removeprefix('--idea=') for a in job.args if '--idea=' in a)
-    args = [a for a in job.args if '--idea=' not in a]
+    failed = ''
     torch._dynamo.reset()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), trying(idea):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), trying(idea(job.args)):
         try:
-            train.main([*args, f'--seed={job.seed}', '--sample_tokens=0',
+            train.main([*plain(job.args), f'--seed={job.seed}', '--sample_tokens=0',
                         f'--out_dir={job.folder}', *resume])
         except SystemExit as e:
+            if e.code == 130:                       # Ctrl-C: no more jobs
+                os._exit(130)
             failed = str(e)
     if failed and ' is nan at ' not in failed and ' is inf at ' not in failed:
         raise RuntimeError(f'{job.name}: {failed}')
@@ -101,7 +119,7 @@ def run_one(job):
              for e in log if 'train_loss' in e]
     kept = {'val_loss': None, 'failed': failed} if failed else \
         {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
-    return {'name': job.name, 'seed': job.seed, 'args': job.args, **kept,
+    return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': job.mark, **kept,
             'curve': curve[::max(1, len(curve) // 20)], 'threads': torch.get_num_threads(),
             'sha256': first['sha256'], **first['versions'], 'machine': machine(),
             'date': str(date.today())}
@@ -110,17 +128,12 @@ def run_one(job):
 def run_all(path, todo, jobs, keep=()):
     """Train what is not yet in the file `path`, `jobs` at a time, and keep the checkpoints of the
     names in `keep`; returns the results of `todo`."""
-    def key(name, args, seed):
-        return name, seed, tuple(args)
-
-    wanted = [key(*job) for job in todo]
-    done = {key(r['name'], r['args'], r['seed']) for r in read(path)}
+    done = {r['mark'] for r in read(path)}
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
     spawn = get_context('spawn')
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
-        pending = {pool.submit(run_one, job): job
-                   for job, k in zip(todo, wanted) if k not in done}
+        pending = {pool.submit(run_one, job): job for job in todo if job.mark not in done}
         try:
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()
@@ -129,11 +142,21 @@ def run_all(path, todo, jobs, keep=()):
                 if result['name'] not in keep:
                     shutil.rmtree(pending[future].folder)
                 tqdm.write(f"{result['name']}, seed {result['seed']}: val loss {show(result)}")
+        except (KeyboardInterrupt, BrokenProcessPool):
+            raise SystemExit('stopped; the same command goes on from here') from None
         finally:
             for future in pending:
                 future.cancel()
-    found = {key(r['name'], r['args'], r['seed']): r for r in read(path)}
-    return [found[k] for k in wanted]
+    return results_of(path, todo)
+
+
+def results_of(path, jobs):
+    """The results of those jobs that are finished, under the names they have now."""
+    found = {r['mark']: r for r in read(path)}
+    results = [{**found[job.mark], 'name': job.name} for job in jobs if job.mark in found]
+    if len({r['sha256'] for r in results}) > 1:
+        raise SystemExit(f'{path} has results of several corpora: keep those of one')
+    return results
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,22 +174,31 @@ def losses(results, name):
 
 def compare(results, a, b):
     """Mean and standard error of loss(a) / loss(b) - 1 in percent over the seeds that both have;
-    of a single seed the error is nan."""
+    of a single seed the error is nan, and without any, so is the mean."""
     a, b = losses(results, a), losses(results, b)
-    percent = [100 * (a[seed] / b[seed] - 1) for seed in a if seed in b]
+    percent = [100 * (a[seed] / b[seed] - 1) for seed in a if b.get(seed, math.inf) < math.inf]
     if math.inf in percent:
         return math.inf, 0.0
+    if not percent:
+        return math.nan, math.nan
     error = statistics.stdev(percent) / len(percent) ** 0.5 if len(percent) > 1 else math.nan
     return statistics.mean(percent), error
 
 
 def verdict(results, a, b, sign, percent):
-    """'loss(a) <= (1 + percent / 100) loss(b)' (sign '<=', or '>='): PASS or FAIL if the mean over
-    seeds lies on that side by two standard errors or more, else UNRESOLVED; and the numbers."""
+    """'loss(a) <= (1 + percent / 100) loss(b)' (sign '<=', or '>='), as `decide` says."""
     mean, error = compare(results, a, b)
     margin = (percent - mean) * (1 if sign == '<=' else -1)
-    said = 'UNRESOLVED' if not abs(margin) >= 2 * error else 'PASS' if margin > 0 else 'FAIL'
-    return said, f'{mean:+.2f} ± {error:.2f} %, wanted {sign} {percent:+g} %'
+    seeds = len(losses(results, a).keys() & losses(results, b).keys())
+    numbers = f'{mean:+.2f} ± {error:.2f} %, wanted {sign} {percent:+g} %'
+    return decide(margin, error, seeds), numbers
+
+
+def decide(margin, error, seeds):
+    """PASS or FAIL if a margin lies on that side of zero by so many of its standard errors that
+    chance would do it in 5 % of all cases (Student's t, one-sided), else UNRESOLVED."""
+    t = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13}.get(seeds, 2.0)
+    return 'UNRESOLVED' if not abs(margin) >= t * error else 'PASS' if margin > 0 else 'FAIL'
 
 
 def claim_lines(results, claims):
@@ -181,7 +213,7 @@ def claim_lines(results, claims):
 
 def table(results, reference, names=None):
     """Lines of a markdown table: loss over seeds, difference from `reference`, bytes a weight."""
-    lines = ['| run | seeds | val loss, nats/token | difference, paired | bytes: weight + states |',
+    lines = ['| run | seeds | val loss, nats/token | difference | bytes a weight + states |',
              '|---|---|---|---|---|']
     for name in names or dict.fromkeys(r['name'] for r in results):
         rows = [r for r in results if r['name'] == name]
@@ -192,7 +224,8 @@ def table(results, reference, names=None):
         spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
         mean, error = compare(results, name, reference)
         error = '' if math.isnan(error) else f' ± {error:.1f}'
+        difference = '' if math.isnan(mean) else f'{mean:+.1f}{error} %'
         held = rows[0]['bytes']['linear']
         lines.append(f'| {name} | {len(rows)} | {statistics.mean(values):.3f}{spread} | '
-                     f'{mean:+.1f}{error} % | {held["weights"]:.2f} + {held["optimizer"]:.2f} |')
+                     f'{difference} | {held["weights"]:.2f} + {held["optimizer"]:.2f} |')
     return lines
