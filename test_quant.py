@@ -531,7 +531,8 @@ def test_a_low_bit_master_is_all_there_is(master):
     assert torch.equal(twin(x), layer(x))
 
 
-@pytest.mark.parametrize('master', ['int8/asymmetric', 'uint8', 'int8/sqrt', 'nvfp4'])
+@pytest.mark.parametrize('master', ['int8/asymmetric', 'uint8', 'int8/sqrt', 'nvfp4',
+                                    'int4/row/hadamard'])
 def test_a_master_needs_a_plain_grid(master):
     with pytest.raises(ValueError, match='symmetric, signed, linear'):
         Linear(64, 32).store_(master)
@@ -847,7 +848,8 @@ def test_the_head_is_tied_and_stays_so(flavour):
 
 
 @pytest.mark.parametrize('flavour', ['gpt2', 'llama'])
-@pytest.mark.parametrize('kv', ['', 'int8/row', 'int4/16', 'int4/row/asymmetric', 'fp8/row'])
+@pytest.mark.parametrize('kv', ['', 'int8/row', 'int4/16', 'int4/row/asymmetric', 'fp8/row',
+                                'int4/row/hadamard/mse'])
 def test_cached_generation_is_the_full_forward(flavour, kv):
     model, x = gpt(flavour=flavour, kv_cache=kv), tokens(2, 20)
     full, caches = model(x), [KVCache(kv) for _ in model.h]
@@ -1280,6 +1282,10 @@ def test_a_run_is_never_overwritten_untold(small, tmp_path):
     assert 'tokens a step' in error(*resume, '--batch_size=8')
     assert 'no dataset' in error(*small, '--overwrite=True', '--dataset=nowhere')
     assert (tmp_path / 'run' / 'ckpt.pt').read_bytes() == before
+    old = checkpoint(tmp_path / 'run')
+    del old['config']['ramp']
+    torch.save(old, tmp_path / 'run' / 'ckpt.pt')
+    assert 'by another version' in error(*resume)
     train.main([*small, '--overwrite=True', '--max_iters=2'])
     assert checkpoint(tmp_path / 'run')['iter'] == 2
     assert [entry.get('iter') for entry in log_of(tmp_path / 'run')] == [None, 1, 2, 2, 2]
@@ -1339,6 +1345,9 @@ def test_other_bad_input(small, tmp_path):
         assert 'blocks of 48 do not divide a last axis of' in error(*small, f'--{key}=int8/48')
     assert 'cannot grow token by token' in error(*small, '--kv_cache=int8/tensor')
     assert 'has no negatives' in error(*small, '--adam_m=uint8/row')
+    assert 'v must stay positive' in error(*small, '--adam_v=int8/row/hadamard')
+    assert 'multiple of 16' in error(*small, '--gradients=nvfp4', '--backward=requantize',
+                                     '--block_size=25', '--batch_size=1')
     assert 'eval_only needs weights' in error(*small, '--eval_only=True')
     assert 'cannot load gpt2' in error(*small, '--init_from=gpt2', '--flavour=gpt2')
     if not torch.cuda.is_available():
