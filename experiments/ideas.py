@@ -53,7 +53,7 @@ def reset(w, g, m, v, h, key, start, code_units):
 
 
 def feedback(w, g, m, v, h, key, start, code_units):
-    """Wanted was q - lr r, within the grid; what rounding made of it differs by e, which comes back
+    """Wanted was q - lr r, within the grid; what rounding made of it differs by e. That comes back
     through m: m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr."""
     before = quant.dequantize(w) / w.scale                              # q
     out = update(w, g, m, v, h, key, start, code_units)

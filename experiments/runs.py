@@ -133,7 +133,8 @@ def run_all(path, todo, jobs, keep=()):
     path.parent.mkdir(exist_ok=True)
     spawn = get_context('spawn')
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
-        pending = {pool.submit(run_one, job): job for job in todo if job.mark not in done}
+        missing = {job.mark: job for job in todo if job.mark not in done}      # each once
+        pending = {pool.submit(run_one, job): job for job in missing.values()}
         try:
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()
