@@ -47,7 +47,13 @@ TRIES = {
         TERNARY: [keys(learning_rate=embedding, code_lr=code, threshold=tau)
                   for embedding, code, tau in (
             (6e-3, 0.1, 1.0), (24e-3, 0.1, 1.0), (6e-3, 0.2, 1.5))]}}
-TRIES['large'] = TRIES['gpt2'] = TRIES['default']
+TRIES['large'] = {      # scaled down from there, not tried
+    BASE: [RECIPE + keys(learning_rate=1e-3, embedding_lr=4e-3)],
+    BITNET: [RECIPE + keys(learning_rate=1e-3, embedding_lr=4e-3)],
+    TERNARY: [keys(learning_rate=4e-3)]}
+TRIES['gpt2'] = {
+    BASE: [keys(learning_rate=6e-4)], BITNET: [RECIPE + keys(learning_rate=6e-4)],
+    TERNARY: [keys(learning_rate=2e-3)]}
 
 
 def rows(size='small'):

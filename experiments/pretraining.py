@@ -24,8 +24,11 @@ from model import GPT
 from quant import Linear, Recipe, dequantize, health, held, quantize, spec
 from train import Run, make_optimizer, parse, pick_dtype, to_batch
 
-# every row trains like the baseline, by the rates that are best for it (experiments/direct.py)
-RATES = ['--learning_rate=1.5e-3', '--embedding_lr=12e-3', '--eval_interval=1000']
+# every row trains by the rates that are best for the baseline (experiments/direct.py has the tries)
+RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3'],
+         'default': ['--learning_rate=1.5e-3', '--embedding_lr=6e-3'],
+         'large': ['--learning_rate=1e-3', '--embedding_lr=4e-3'],
+         'gpt2': []}
 
 
 def rows():
@@ -408,7 +411,7 @@ def draw_analysis(found, path):
 
 def main(options):
     sections = rows()
-    size = [*SIZES[options.size], *RATES]
+    size = [*SIZES[options.size], *RATES[options.size], '--eval_interval=1000']
     jobs = {name: [Job(name, [*size, *args], seed) for seed in (1, 2, 3)]
             for section in sections.values() for name, args in section.items()}
     stem = RESULTS / f'pretraining-{options.size}'
