@@ -24,7 +24,7 @@ from model import GPT
 from quant import Linear, Recipe, dequantize, health, held, quantize, spec
 from train import Run, make_optimizer, parse, pick_dtype, to_batch
 
-# every row trains by the rates that are best for the baseline (experiments/direct.py has the tries)
+# every row trains by the rates best for the baseline; experiments/direct.py has the tries
 RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3'],
          'default': ['--learning_rate=1.5e-3', '--embedding_lr=6e-3'],
          'large': ['--learning_rate=1e-3', '--embedding_lr=4e-3'],
@@ -126,11 +126,12 @@ KEPT = [BASE, *(W(grid, 'a row') for grid in ('int8', 'int4', 'int3', 'ternary')
 # looking into trained models
 
 def load(job):
-    """A finished run as train.py builds it, with a batch of validation data: (run, x, y)."""
+    """A finished run as train.py builds it, and 8,192 tokens of validation data: (run, x, y)."""
     with redirect_stdout(io.StringIO()):
         run = Run(parse([*job.args, f'--seed={job.seed}', f'--out_dir={job.folder}',
                          f'--init_from={job.folder}/ckpt.pt', '--eval_only=True']), 0, 1)
-    T, n = run.config.block_size, run.config.batch_size
+    T = run.config.block_size
+    n = max(1, 8192 // T)
     starts = [i * (len(run.val_data) - T - 1) // n for i in range(n)]
     return run, *to_batch(run.val_data, starts, T, run.vocab_size, run.device)
 
@@ -207,7 +208,7 @@ def sharpness(run, x, y, draws=8):
     seen = {}
     for name, layer in layers(run).items():
         w = dequantize(quantize(layer.weight, layer.how.weights, parts=layer.how.parts))
-        seen[name] = w
+        seen[name] = w.clone()                  # full precision is the weight itself
         layer.how = Recipe(activations=layer.how.activations, parts=layer.how.parts)
 
     def loss(eps, draw):
@@ -259,12 +260,13 @@ def analyse(jobs, size):
     """Every analysis, as a dict for the JSON file; jobs {name: [Job, one a seed]}, size the
     arguments they have in common."""
     run, x, y = load(jobs[BASE][0])
+    n = run.config.batch_size
     inputs, outputs = traffic(run, x, y)
     found = {'outliers': outliers(inputs), 'zeros': zeros(run, x, y, outputs),
              'cosines': cosines(run, x, y), 'layers': list(layers(run)), 'memory': {}}
     for layer in layers(run).values():
         layer.how = Recipe(spec('int4/row'), spec('int4/row'), parts=layer.how.parts)
-    found['snr'] = {name: {k: entry[k]['snr_db'] for k in ('weights', 'activations')}
+    found['snr'] = {name.removeprefix('h.'): {k: entry[k]['snr_db'] for k in ('weights', 'activations')}
                     for name, entry in health(run.model, x[:1]).items()}
     for name, args in {'float32': ['config/baseline.py', '--dtype=float32'],
                        'bfloat16': ['config/baseline.py', '--dtype=bfloat16'],
@@ -272,7 +274,7 @@ def analyse(jobs, size):
                        'W4A4 + 4-bit Adam': ['config/adam4.py', *keys(
                            weights='int4/row', activations='int4/row')],
                        'direct ternary': ['config/ternary.py']}.items():
-        found['memory'][name] = memory([*size, *args], run.vocab_size, x, y)
+        found['memory'][name] = memory([*size, *args], run.vocab_size, x[:n], y[:n])
     found['sharpness'] = {name: [sharpness(*load(job)) for job in jobs[name]] for name in KEPT}
     found['post_training'] = [post_training(load(job)[0]) for job in jobs[BASE]]
     return found
@@ -366,9 +368,11 @@ def draw_analysis(found, path):
         a.plot([i / len(channels) for i in range(len(channels))], channels, color=color[kind],
                label=kind if name[0] == '0' else None, alpha=0.7)
     a.axhline(6, color='0.4', ls='--')
-    a.text(0.98, 6.2, 'outlier: 6 deviations above the mean', ha='right', fontsize=8)
+    a.text(0.02, 2, 'dashed: outlier, 6 deviations above the mean', fontsize=8)
     a.set(title='Outlier channels of the inputs', xlabel='channels of a layer, sorted (share)',
           ylabel='largest |x|, deviations above the mean |x|', yscale='log')
+    a.set_yticks([2, 5, 10, 20, 50], ['2', '5', '10', '20', '50'])
+    a.minorticks_off()
     a.legend(fontsize=8)
     places = range(len(found['layers']))
     short = [n.replace('attn.', '').replace('c_attn', 'qkv').replace('mlp.c_fc', 'fc')
@@ -378,12 +382,14 @@ def draw_analysis(found, path):
               label=f'int4 {k}, a scale a row')
     b.set(title='What 4 bits do to each layer (more is better)', ylabel='signal to noise, dB')
     b.set_xticks(places, short, rotation=90, fontsize=7)
+    b.set_ylim(0, 30)
     b.legend(fontsize=8)
     for name, values in found['cosines'].items():
-        c.plot(places, values, 'o-', ms=3, label=name)
-    c.set(title='Gradient of the weights: cosine to full precision', ylabel='cosine')
+        c.plot(places, [1 - v for v in values], 'o-', ms=3, label=name)
+    c.set(title='What quantizing does to dw (less is better)',
+          ylabel='1 - cosine to the full-precision gradient', yscale='log', ylim=(3e-8, 1))
     c.set_xticks(places, short, rotation=90, fontsize=7)
-    c.legend(fontsize=8)
+    c.legend(fontsize=8, ncols=2, loc='lower center')
     for how, values in found['zeros'].items():
         d.plot(range(len(values)), [100 * v for v in values.values()], 'o-', ms=3, label=how)
     d.set(title='Gradients that rounding to nearest makes zero', ylabel='%')
@@ -398,13 +404,13 @@ def draw_analysis(found, path):
     e.set(title='Sharpness: loss under random weight perturbations',
           xlabel='size of the noise / rms of the weights', ylabel='rise of the loss, nats/token')
     e.legend(fontsize=8)
-    bottom = [0.0] * len(found['memory'])
-    for kind in ('weights', 'gradients', 'optimizer', 'activations'):
-        values = [m[kind] / 1e6 for m in found['memory'].values()]
-        f.bar(range(len(values)), values, bottom=bottom, label=kind)
-        bottom = [x + y for x, y in zip(bottom, values)]
-    f.set(title='Memory of a training step', ylabel='MB, read off the storages')
-    f.set_xticks(range(len(bottom)), found['memory'], rotation=20, ha='right', fontsize=8)
+    names = list(found['memory'])
+    for i, kind in enumerate(('weights', 'gradients', 'optimizer', 'activations')):
+        values = [found['memory'][name][kind] / 1e6 for name in names]
+        f.bar([place + 0.2 * (i - 1.5) for place in range(len(names))], values, 0.2, label=kind)
+    f.set(title='Memory of a training step, eager', ylabel='MB, read off the storages',
+          yscale='log', ylim=(0.3, 1e4))
+    f.set_xticks(range(len(names)), names, rotation=20, ha='right', fontsize=8)
     f.legend(fontsize=8)
     fig.savefig(path, dpi=110)
 
