@@ -37,11 +37,11 @@ TRIES = {
             (24e-3, 0.1, 1.0), (12e-3, 0.1, 1.0), (6e-3, 0.1, 1.0), (48e-3, 0.1, 1.0),
             (24e-3, 0.2, 1.5), (24e-3, 0.05, 1.0))]},
     'default': {
-        BASE: [RECIPE + keys(learning_rate=1.5e-3, embedding_lr=6e-3)]
+        BASE: [RECIPE + keys(learning_rate=lr, embedding_lr=6e-3) for lr in (1.5e-3, 0.75e-3)]
         + [keys(learning_rate=lr, embedding_lr=embedding) for lr, embedding in (
             (1.5e-3, 6e-3), (3e-3, 3e-3))],
-        BITNET: [RECIPE + keys(learning_rate=1.5e-3, embedding_lr=6e-3),
-                 RECIPE + keys(learning_rate=3e-3, embedding_lr=6e-3)]
+        BITNET: [RECIPE + keys(learning_rate=lr, embedding_lr=6e-3)
+                 for lr in (1.5e-3, 0.75e-3, 3e-3)]
         + [keys(learning_rate=lr, embedding_lr=embedding) for lr, embedding in (
             (1.5e-3, 6e-3), (3e-3, 6e-3), (3e-3, 3e-3))],
         TERNARY: [keys(learning_rate=embedding, code_lr=code, threshold=tau)
