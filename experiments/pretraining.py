@@ -32,94 +32,72 @@ RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3'],
 
 
 def rows():
-    """{section: {name: arguments}}"""
-    groups = {'tensor': 'a tensor', 'row': 'a row', '32': 'a block of 32'}
-    weights = {f'{grid} weights, a scale {of}': keys(weights=f'{grid}/{group}')
-               for grid in ('int8', 'int4', 'int3', 'int2', 'ternary')
-               for group, of in groups.items()}
-    for group in groups:        # absmax would leave only the largest weights of three levels
-        weights[f'ternary weights, a scale {groups[group]}'] = keys(
-            weights=f'ternary/{group}/absmean')
-    axes = {'row': 'a token', 'tensor': 'a tensor', 'column': 'a channel'}
-    activations = {f'{grid} activations, a scale {of}': keys(activations=f'{grid}/{group}')
-                   for grid in ('int8', 'int4') for group, of in axes.items()}
-    gradients = {f'{grid} gradients in {where}, {how}': keys(
-        gradients=f'{grid}/row/{how}', gradients_in=where)
-        for grid in ('int8', 'int4') for how in ('nearest', 'stochastic')
-        for where in ('dw', 'dx', 'both')}
-    three = keys(weights='int8/row', activations='int8/row')
-    meanings = {f'W8A8 and int8 gradients, {name}': three + keys(
-        gradients='int8/row', backward=backward, gradients_in=where)
-        for name, backward, where in (('straight-through, in both', 'ste', 'both'),
-                                      ('full x and w, in dw', 'full', 'dw'),
-                                      ('full x and w, in dx', 'full', 'dx'))}
-    states = {'int8 m': keys(adam_m='int8/row'), 'int4 m': keys(adam_m='int4/row'),
-              'uint8 v, linear': keys(adam_v='uint8/row'),
-              'uint8 v, fourth root': keys(adam_v='uint8/64/root4'),
-              'uint4 v, fourth root': keys(adam_v='uint4/64/root4'),
-              '8-bit m and v': ['config/adam8.py'], '4-bit m and v': ['config/adam4.py']}
-    cache = {f'{grid} keys and values': keys(kv_cache=f'{grid}/row') for grid in ('int8', 'int4')}
-    together = {'W8A8': ['config/w8a8.py'], 'W8A8G8': ['config/w8a8g8.py'],
-                'everything': ['config/everything.py', '--embedding_lr=0']}
-
-    def four(how, **more):
-        return keys(weights=how, activations=how, **more)
-
-    def all_four(how, gradients):
-        return four(how, gradients=gradients, backward='requantize')
-
-    best = 'int4/row/hadamard/mse'
-    forward = {'W4A4, absmax': four('int4/row'), 'W4A4, mse': four('int4/row/mse'),
-               'W4A4, hadamard': four('int4/row/hadamard'), 'W4A4, hadamard, mse': four(best),
-               'W4A4, blocks of 32': four('int4/32'), 'W4A4, mxfp4': four('mxfp4'),
-               'W4A4, nvfp4': four('nvfp4'),
-               'W4A4, mxfp4, hadamard': four('mxfp4/hadamard'),
-               'W4A4, nvfp4, mse': four('nvfp4/mse')}
-    full = {'W4A4G4, absmax': all_four('int4/row', 'int4/row'),
-            'W4A4G4, stochastic': all_four('int4/row', 'int4/row/stochastic'),
-            'W4A4G4, hadamard, mse, stochastic': all_four(best, 'int4/row/hadamard/stochastic'),
-            'W4A4G4, blocks of 32, hadamard, stochastic': all_four(
-                'int4/32/hadamard', 'int4/32/hadamard/stochastic'),
-            'W4A4G4, mxfp4, hadamard, stochastic': all_four(
-                'mxfp4/hadamard', 'mxfp4/hadamard/stochastic'),
-            'W4A4G4, nvfp4, stochastic': all_four('nvfp4', 'nvfp4/stochastic'),
-            'W4A4G4, nvfp4, mse, hadamard in g, stochastic': all_four(
-                'nvfp4/mse', 'nvfp4/hadamard/stochastic')}
-    return {'': {'baseline': ['config/baseline.py']}, 'Weights': weights,
-            'Activations': activations, 'Gradients': gradients,
-            'Three meanings of quantized gradients': meanings, 'Optimizer states': states,
-            'Keys and values': cache, 'Together': together, 'Four bits forward': forward,
-            'Four bits in all three matmuls': full}
+    """{section: {name: keys for train.py}}; most rows are named by their keys."""
+    weights = [f'weights={grid}/{group}' for grid in ('int8', 'int4', 'int3', 'int2')
+               for group in ('tensor', 'row', '32')]
+    weights += [f'weights=ternary/{group}/absmean' for group in ('tensor', 'row', '32')]
+    activations = [f'activations={grid}/{group}' for grid in ('int8', 'int4')
+                   for group in ('row', 'tensor', 'column')]        # row: a scale a token
+    gradients = [f'gradients={grid}/row/{rounding} gradients_in={where}'
+                 for grid in ('int8', 'int4')
+                 for rounding in ('nearest', 'stochastic') for where in ('dw', 'dx', 'both')]
+    meanings = {f'W8A8, {name}': f'weights=int8/row activations=int8/row gradients=int8/row {how}'
+                for name, how in (('g^ in both, straight-through', 'gradients_in=both'),
+                                  ('g^ in dw, full x and w', 'gradients_in=dw backward=full'),
+                                  ('g^ in dx, full x and w', 'gradients_in=dx backward=full'))}
+    states = ['adam_m=int8/row', 'adam_m=int4/row', 'adam_v=uint8/row', 'adam_v=uint8/64/root4',
+              'adam_v=uint4/64/root4', 'config/adam8.py', 'config/adam4.py']
+    together = ['config/w8a8.py', 'config/w8a8g8.py', 'config/everything.py embedding_lr=0']
+    forward = {f'W4A4 {how}': f'weights={how} activations={how}' for how in (
+        'int4/row', 'int4/row/mse', 'int4/row/hadamard', 'int4/row/hadamard/mse', 'int4/32',
+        'mxfp4', 'nvfp4', 'mxfp4/hadamard', 'nvfp4/mse')}
+    three = {f'W4A4 {how}, G4 {g}':
+             f'weights={how} activations={how} gradients={g} backward=requantize' for how, g in (
+                 ('int4/row', 'int4/row'), ('int4/row', 'int4/row/stochastic'),
+                 ('int4/row/hadamard/mse', 'int4/row/hadamard/stochastic'),
+                 ('int4/32/hadamard', 'int4/32/hadamard/stochastic'),
+                 ('mxfp4/hadamard', 'mxfp4/hadamard/stochastic'), ('nvfp4', 'nvfp4/stochastic'),
+                 ('nvfp4/mse', 'nvfp4/hadamard/stochastic'))}
+    named = {'Reference': [BASE], 'Weights': weights, 'Activations': activations,
+             'Gradients': gradients, 'Optimizer states': states,
+             'Keys and values': ['kv_cache=int8/row', 'kv_cache=int4/row'], 'Together': together}
+    return {**{section: dict(zip(names, names)) for section, names in named.items()},
+            'Three meanings of quantized gradients': meanings, 'Four bits forward': forward,
+            'Four bits in all three matmuls': three}
 
 
-BASE = 'baseline'
-W = '{} weights, a scale {}'.format
-A = '{} activations, a scale {}'.format
-G = '{} gradients in {}, {}'.format
+def arguments(text):
+    """Keys as in a config file to arguments of train.py."""
+    return [word if word.startswith('config/') else f'--{word}' for word in text.split()]
+
+
+BASE = 'config/baseline.py'
+G = 'gradients={}/row/{} gradients_in=both'.format
+BEST_W4A4, BEST_W4A4G4 = 'W4A4 int4/row/hadamard/mse', 'W4A4 nvfp4, G4 nvfp4/stochastic'
 CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a) against loss(b)
-    ('1', '8-bit weights, a scale a row, match the baseline', W('int8', 'a row'), '<=', 1, BASE),
-    ('1', '8-bit weights, a scale a tensor, too', W('int8', 'a tensor'), '<=', 1, BASE),
-    ('1', '4-bit weights are worse', W('int4', 'a row'), '>=', 0, BASE),
-    ('1', 'a scale a tensor is worst', W('int4', 'a tensor'), '>=', 0, W('int4', 'a row')),
-    ('2', '8-bit activations, a scale a token, are close', A('int8', 'a token'), '<=', 1, BASE),
-    ('2', '4-bit activations are not', A('int4', 'a token'), '>=', 1, BASE),
-    ('3', '8-bit gradients, to nearest, hurt', G('int8', 'both', 'nearest'), '>=', 0, BASE),
-    ('3', '4 bits more', G('int4', 'both', 'nearest'), '>=', 1, G('int8', 'both', 'nearest')),
-    ('ours', 'stochastic rounding repairs 8 bits', G('int8', 'both', 'stochastic'), '<=', 1, BASE),
-    ('4', '8-bit m is free', 'int8 m', '<=', 1, BASE),
-    ('4', '4-bit m is free', 'int4 m', '<=', 1, BASE),
-    ('4', 'linear 8-bit v blows up', 'uint8 v, linear', '>=', 5, BASE),
-    ('ours', '8-bit v by its fourth root is free', 'uint8 v, fourth root', '<=', 1, BASE),
-    ('ours', '4-bit v by its fourth root is free', 'uint4 v, fourth root', '<=', 1, BASE),
-    ('5', 'W8A8 keeps quality', 'W8A8', '<=', 1, BASE),
-    ('5', 'W8A8G8 is harder', 'W8A8G8', '>=', 0, 'W8A8'),
-    ('ours', 'W4A4 within 2 % by the best way', 'W4A4, hadamard, mse', '<=', 2, BASE),
-    ('ours', 'which beats plain absmax', 'W4A4, hadamard, mse', '<=', 0, 'W4A4, absmax'),
-    ('ours', 'W4A4G4 within 4 % by the best way', 'W4A4G4, nvfp4, stochastic', '<=', 4, BASE),
-    ('ours', 'which beats plain absmax', 'W4A4G4, nvfp4, stochastic', '<=', 0, 'W4A4G4, absmax'),
-]
+    ('1', '8-bit weights, a scale a row, match the baseline', 'weights=int8/row', '<=', 1, BASE),
+    ('1', '8-bit weights, a scale a tensor, too', 'weights=int8/tensor', '<=', 1, BASE),
+    ('1', '4-bit weights are worse', 'weights=int4/row', '>=', 0, BASE),
+    ('1', 'a scale a tensor is worst', 'weights=int4/tensor', '>=', 0, 'weights=int4/row'),
+    ('2', '8-bit activations, a scale a token, are close', 'activations=int8/row', '<=', 1, BASE),
+    ('2', '4-bit activations are not', 'activations=int4/row', '>=', 1, BASE),
+    ('3', '8-bit gradients, to nearest, hurt', G('int8', 'nearest'), '>=', 0, BASE),
+    ('3', '4 bits more', G('int4', 'nearest'), '>=', 1, G('int8', 'nearest')),
+    ('ours', 'stochastic rounding repairs 8 bits', G('int8', 'stochastic'), '<=', 1, BASE),
+    ('4', '8-bit m is free', 'adam_m=int8/row', '<=', 1, BASE),
+    ('4', '4-bit m is free', 'adam_m=int4/row', '<=', 1, BASE),
+    ('4', 'linear 8-bit v blows up', 'adam_v=uint8/row', '>=', 5, BASE),
+    ('ours', '8-bit v by its fourth root is free', 'adam_v=uint8/64/root4', '<=', 1, BASE),
+    ('ours', '4-bit v by its fourth root is free', 'adam_v=uint4/64/root4', '<=', 1, BASE),
+    ('5', 'W8A8 keeps quality', 'config/w8a8.py', '<=', 1, BASE),
+    ('5', 'W8A8G8 is harder', 'config/w8a8g8.py', '>=', 0, 'config/w8a8.py'),
+    ('ours', 'W4A4 within 2 % by the best way', BEST_W4A4, '<=', 2, BASE),
+    ('ours', 'which beats plain absmax', BEST_W4A4, '<=', 0, 'W4A4 int4/row'),
+    ('ours', 'W4A4G4 within 4 % by the best way', BEST_W4A4G4, '<=', 4, BASE),
+    ('ours', 'which beats plain absmax', BEST_W4A4G4, '<=', 0, 'W4A4 int4/row, G4 int4/row')]
 
-KEPT = [BASE, *(W(grid, 'a row') for grid in ('int8', 'int4', 'int3', 'ternary'))]
+TERNARY = 'weights=ternary/row/absmean'
+KEPT = [BASE, 'weights=int8/row', 'weights=int4/row', 'weights=int3/row', TERNARY]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,7 +244,8 @@ def analyse(jobs, size):
              'cosines': cosines(run, x, y), 'layers': list(layers(run)), 'memory': {}}
     for layer in layers(run).values():
         layer.how = Recipe(spec('int4/row'), spec('int4/row'), parts=layer.how.parts)
-    found['snr'] = {name.removeprefix('h.'): {k: entry[k]['snr_db'] for k in ('weights', 'activations')}
+    found['snr'] = {name.removeprefix('h.'):
+                    {k: entry[k]['snr_db'] for k in ('weights', 'activations')}
                     for name, entry in health(run.model, x[:1]).items()}
     for name, args in {'float32': ['config/baseline.py', '--dtype=float32'],
                        'bfloat16': ['config/baseline.py', '--dtype=bfloat16'],
@@ -307,11 +286,11 @@ def claims(results, analysis):
         'cosine {} less, mean over layers')
     sharp = {name: [curve[-1][1] for curve in curves]
              for name, curves in analysis['sharpness'].items()}
-    for name in (W('int4', 'a row'), W('ternary', 'a row')):
+    for name in ('weights=int4/row', TERNARY):
         say('5', 'low bits sit in sharper minima', f'{name}, {BASE}',
             [a - b for a, b in zip(sharp[name], sharp[BASE])], 'loss rises by {} more')
-    for how, name in (('int8/row', W('int8', 'a row')), ('int4/row', W('int4', 'a row')),
-                      ('int3/row', W('int3', 'a row'))):
+    for name in ('weights=int8/row', 'weights=int4/row', 'weights=int3/row'):
+        how = name.removeprefix('weights=')
         after = {seed: found[how] / found[''] for seed, found in
                  zip(losses(results, BASE), analysis['post_training'])}
         trained = losses(results, name)
@@ -327,15 +306,12 @@ def draw_losses(results, sections, path):
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    most, names = 12, [(s, n) for s in sections if s for n in sections[s]]
-    fig, axis = pyplot.subplots(figsize=(9, 0.2 * (len(names) + 2 * len(sections))),
-                                layout='constrained')
+    most, lines = 12, sum(map(len, sections.values())) + 2 * len(sections)
+    fig, axis = pyplot.subplots(figsize=(9, 0.2 * lines), layout='constrained')
     place, ticks = 0, []
     for section in sections:
-        if not section:
-            continue
         place += 1
-        axis.text(-3.9, place, section, weight='bold', va='center', fontsize=8)
+        axis.text(-1.9, place, section, weight='bold', va='center', fontsize=8)
         place += 1
         for name in sections[section]:
             mean, error = compare(results, name, BASE)
@@ -343,15 +319,15 @@ def draw_losses(results, sections, path):
             dots = [100 * (own[s] / base[s] - 1) for s in own if s in base]
             axis.plot([min(d, most) for d in dots], [place] * len(dots), '.', color='0.7', ms=4)
             label = 'not finite' if math.isinf(mean) else f'{mean:+.0f} %' if mean > most else ''
-            color = 'C0' if mean <= 1 else 'C1' if mean <= 3 else 'C3'
             axis.errorbar(min(mean, most), place, xerr=0 if math.isnan(error) else error, fmt='o',
-                          ms=4, color=color, capsize=2)
+                          ms=4, color='C0', capsize=2)
             axis.text(most + 0.1, place, label, va='center', fontsize=7)
             ticks.append((place, name))
             place += 1
     axis.set_yticks(*zip(*ticks), fontsize=7)
-    axis.set(ylim=(place, 0), xlim=(-4, most), xlabel='validation loss against the full-precision '
-             'baseline, %: mean and standard error; grey: single seeds (paired)')
+    axis.set(ylim=(place, 0), xlim=(-2, most))
+    axis.set_xlabel('validation loss against the full-precision baseline, %: mean and standard '
+                    'error; grey: single seeds, paired', fontsize=8)
     axis.axvline(0, color='0.5', lw=1)
     axis.grid(axis='x', alpha=0.3)
     fig.savefig(path, dpi=130)
@@ -418,8 +394,8 @@ def draw_analysis(found, path):
 def main(options):
     sections = rows()
     size = [*SIZES[options.size], *RATES[options.size], '--eval_interval=1000']
-    jobs = {name: [Job(name, [*size, *args], seed) for seed in (1, 2, 3)]
-            for section in sections.values() for name, args in section.items()}
+    jobs = {name: [Job(name, [*size, *arguments(text)], seed) for seed in (1, 2, 3)]
+            for section in sections.values() for name, text in section.items()}
     stem = RESULTS / f'pretraining-{options.size}'
     # one seed of every row, and three of those that come near the baseline or are in a claim
     path = stem.with_suffix('.jsonl')
@@ -439,7 +415,7 @@ def main(options):
     analysis = json.loads(path.read_text(encoding='utf-8'))
     lines = claims(results, analysis)
     for section, names in sections.items():
-        lines += ['', f'**{section or "Reference"}**', '', *table(results, BASE, names)]
+        lines += ['', f'**{section}**', '', *table(results, BASE, names)]
     stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
     draw_losses(results, sections, stem.with_suffix('.png'))
