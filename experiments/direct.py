@@ -58,7 +58,7 @@ TRIES['gpt2'] = {
 
 def rows(size='small'):
     """{section: {name: arguments}}"""
-    hard = {name: [CONFIGS[name], *tries[0]] for name, tries in TRIES[size].items()}
+    hard = {name: [CONFIGS[name], *TRIES[size][name][0]] for name in (TERNARY, BITNET, BASE)}
     tune = {f'{name}, {" ".join(flags).replace("--", "")}': [CONFIGS[name], *flags]
             for name, tries in TRIES[size].items() for flags in tries}
 
