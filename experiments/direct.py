@@ -96,7 +96,8 @@ def rows(size='small'):
                'scale gain .35': direct(init_gain=0.35), 'scale gain 1.4': direct(init_gain=1.4),
                'a scale a tensor': direct(master='ternary/tensor/absmean/stochastic')}
     ideas = {name: direct(f'--idea={name}') for name in
-             ('muon', 'estimated', 'reset', 'feedback', 'squared')}
+             ('muon', 'estimated', 'reset', 'feedback', 'squared', 'sticky', 'attention',
+              'growth')}
     ideas['sign'] = direct('--idea=sign', code_lr=0.02)
     return {'hard': hard, 'controls': controls, 'masters': own, 'ternary forward': seen,
             'states': states, 'around': around, 'ingredients': without, 'ideas': ideas,

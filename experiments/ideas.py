@@ -9,12 +9,16 @@ run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
     feedback   what rounding left over goes into m: m is then also a low-bit residual, so that the
                weight is in effect a latent of more bits
     squared    p = lr r |r|: strong evidence counts for more
+    sticky     hysteresis: from -1 or 1 back to 0 only on strong evidence
+    attention  a rate of their own for its matrices
+    growth     the batch grows from step to step, to twice its size
 """
 from contextlib import contextmanager
 
 import torch
 
 import quant
+import train
 
 usual, update = quant.direction, quant.update
 
@@ -45,6 +49,8 @@ def squared(m, v, h):
 
 
 def reset(w, g, m, v, h, key, start, code_units):
+    if not code_units:
+        return update(w, g, m, v, h, key, start, code_units)
     before = quant.dequantize(w)
     out = update(w, g, m, v, h, key, start, code_units)
     left = torch.where(quant.dequantize(w) == before, quant.dequantize(m), 0.0)
@@ -55,6 +61,8 @@ def reset(w, g, m, v, h, key, start, code_units):
 def feedback(w, g, m, v, h, key, start, code_units):
     """Wanted was q - lr r, within the grid; what rounding made of it differs by e. That comes back
     through m: m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr."""
+    if not code_units:
+        return update(w, g, m, v, h, key, start, code_units)
     before = quant.dequantize(w) / w.scale                              # q
     out = update(w, g, m, v, h, key, start, code_units)
     after, now = quant.dequantize(w) / w.scale, quant.dequantize(m)
@@ -65,22 +73,66 @@ def feedback(w, g, m, v, h, key, start, code_units):
     return out
 
 
+def sticky(w, g, m, v, h, key, start, code_units):
+    """A code does not go back to zero where |m| is below three times its mean."""
+    if not code_units:
+        return update(w, g, m, v, h, key, start, code_units)
+    q, old = quant.dequantize(w), quant.dequantize(m)
+    back = (old * q > 0) & (old.abs() < 3 * old.abs().mean())
+    out = update(w, g, m, v, h, key, start, code_units)
+    now = quant.dequantize(w)
+    stay = back & (now == 0) & (q != 0)
+    quant._put(w._replace(scale=None), quant.quantize(torch.where(stay, q, now), w.spec,
+                                                      scale=w.scale))
+    return out
+
+
+def attention(optimizer, group, a, b, g, clip):
+    """Attention at half the rate of the MLPs; needs one call a parameter."""
+    h, name = group.h, group.names[[span[0] for span in group.spans].index(a)]
+    group.h = h._replace(lr=h.lr * (0.5 if '.attn.' in name else 1.0))
+    step(optimizer, group, a, b, g, clip)
+    group.h = h
+
+
+def growth(run):
+    """From nearly nothing to twice the batch, as many tokens in all."""
+    usual_size = run.config.batch_size
+    done = (run.step + 0.5) / run.config.max_iters
+    run.config.batch_size = max(1, round(2 * usual_size * done))
+    try:
+        return forward_backward(run)
+    finally:
+        run.config.batch_size = usual_size
+
+
+def whole(group, *args):
+    init(group, *args)
+    group.block = group.rows
+
+
+step, init = quant.AdamW._step, quant.Group.__init__
+forward_backward = train.Run.forward_backward
+PATCHES = {  # idea: (where, what, by what)
+    'sign': [(quant, 'direction', sign)],
+    'muon': [(quant, 'direction', muon), (quant.Group, '__init__', whole)],
+    'estimated': [(quant, 'direction', estimated)],
+    'squared': [(quant, 'direction', squared)],
+    'reset': [(quant, 'update', reset)],
+    'feedback': [(quant, 'update', feedback)],
+    'sticky': [(quant, 'update', sticky)],
+    'attention': [(quant.AdamW, '_step', attention)],
+    'growth': [(train.Run, 'forward_backward', growth)]}
+
+
 @contextmanager
 def trying(name):
-    """Within, quant.py has the idea `name`; '' is none."""
-    before = quant.direction, quant.update, quant.Group.__init__
-
-    def whole(group, *args):
-        before[2](group, *args)
-        group.block = group.rows
-
-    if name in ('reset', 'feedback'):
-        quant.update = globals()[name]
-    elif name:
-        quant.direction = globals()[name]
-    if name == 'muon':
-        quant.Group.__init__ = whole
+    """Within, the idea `name` is in its place; '' is none."""
+    before = [(place, what, getattr(place, what)) for place, what, _ in PATCHES.get(name, ())]
     try:
+        for place, what, new in PATCHES[name] if name else ():
+            setattr(place, what, new)
         yield
     finally:
-        quant.direction, quant.update, quant.Group.__init__ = before
+        for place, what, old in before:
+            setattr(place, what, old)
