@@ -128,7 +128,7 @@ def run_one(job):
 def run_all(path, todo, jobs, keep=()):
     """Train what is not yet in the file `path`, `jobs` at a time, and keep the checkpoints of the
     names in `keep`; returns the results of `todo`."""
-    done = {r['mark'] for r in read(path)}
+    done = {r.get('mark') for r in read(path)}
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
     spawn = get_context('spawn')
@@ -153,7 +153,7 @@ def run_all(path, todo, jobs, keep=()):
 
 def results_of(path, jobs):
     """The results of those jobs that are finished, under the names they have now."""
-    found = {r['mark']: r for r in read(path)}
+    found = {r.get('mark'): r for r in read(path)}
     results = [{**found[job.mark], 'name': job.name} for job in jobs if job.mark in found]
     if len({r['sha256'] for r in results}) > 1:
         raise SystemExit(f'{path} has results of several corpora: keep those of one')
