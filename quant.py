@@ -154,7 +154,7 @@ def spec(text):
     floating, zero_point = s.grid in FLOATS, s.sign == 'asymmetric'
     for wrong, why in (
         (zero_point and (floating or s.grid == 'ternary'), 'only int and uint have a zero point'),
-        (zero_point and s.scale != 'absmax', f'asymmetric scales are of min and max, not {s.scale}'),
+        (zero_point and s.scale != 'absmax', f'an asymmetric scale is of min, max, not {s.scale}'),
         (zero_point and s.map != 'linear', 'a zero point needs the linear map'),
         (floating and s.map != 'linear', 'a float grid has no map'),
         (s.packing == 'trits' and s.grid != 'ternary', 'only ternary packs as trits'),
@@ -465,8 +465,8 @@ class Recipe:
         if self.backward == 'requantize':           # the gradients meet only what goes by them
             rotated = {first.rotation, codes['activations'].rotation}
         if rotated == {'', 'hadamard'} or self.backward == 'fold' and 'hadamard' in rotated:
-            raise ValueError('codes can be multiplied if both operands are rotated or neither: '
-                             "give hadamard to weights and activations; not with backward = 'fold'")
+            raise ValueError('codes can be multiplied if both operands are rotated or neither: give '
+                             "hadamard to weights and activations; not with backward = 'fold'")
 
 
 TUNED = {'max_autotune_gemm': True}     # to inductor: scales fuse only into Triton's int8 matmuls
@@ -548,9 +548,9 @@ def matmul_on_codes(g, q, how, key, transposed):
         fold          dx = Q(g s_w) codes(w)        dw = Q(g s_x)^T codes(x)
         requantize    dx = Q(g) Q(w^T)^T            dw = Q(g^T) Q(x^T)^T
 
-    Q is the Spec of the gradients, its groups and its rotation along the sum; x^ and w^ are rounded
-    to nearest, and to e4m3 where g is e5m2. Folding reuses the codes of the forward, and costs accuracy in dw where some tokens
-    of x are far larger than others."""
+    Q is the Spec of the gradients, groups and rotation along the sum; x^ and w^ are rounded to
+    nearest, and to e4m3 where g is e5m2. Folding reuses the codes of the forward, and costs
+    accuracy in dw where some tokens of x are far larger than others."""
     dtype = g.dtype
     if how.backward == 'fold':
         g = g.float() * (_row_scale(q) if transposed else _row_scale(q).T)

@@ -270,7 +270,7 @@ def test_the_rotation_spreads_outliers():
     x[:, 3] *= 50
     error = lambda how: (fake_quant(x, how) - x)[:, 4:].norm()          # of all that is no outlier
     assert error('int4/row/hadamard') < 0.6 * error('int4/row')
-    assert error('nvfp4/hadamard') > error('nvfp4')     # small blocks keep an outlier to themselves
+    assert error('nvfp4/hadamard') > error('nvfp4')     # small blocks keep theirs apart
 
 
 @pytest.mark.parametrize('text', ['int4/row', 'int3/32', 'ternary/row', 'int4/tensor', 'fp4/16',
@@ -670,7 +670,7 @@ def test_as_published_the_mean_of_w_is_adamw():
 
 
 def test_the_momentum_ramp_is_a_weighted_mean():
-    """m / (1 - prod beta1) = sum w_i g_i / sum w_i, w_i = (1 - beta1_i) prod of the later beta1."""
+    """m / (1 - prod beta1) = sum w_i g_i / sum w_i, w_i = (1 - beta1_i) prod of later beta1."""
     layer, _, step = pair(learning_rate=1.0, betas=(0.5, 0.0), ramp=2.0)
     w, m, total = layer.weight.detach().clone(), 0.0, 0.0
     for t in range(1, 30):
@@ -1406,11 +1406,13 @@ def test_a_verdict_needs_more_than_chance():
     lines = lambda name, losses: [{'name': name, 'seed': i, 'val_loss': x}
                                   for i, x in enumerate(losses)]
     results = lines('base', [2.0, 3.0, 4.0]) + lines('better', [1.98, 2.97, 3.96]) + \
-        lines('alike', [2.02, 3.0, 3.96]) + lines('broken', [2.0, None, 4.0]) + lines('once', [1.0])
+        lines('alike', [2.02, 3.0, 3.96]) + lines('broken', [2.0, None, 4.0])
+    results += lines('once', [1.0])
     said = lambda *claim: runs.verdict(results, *claim)[0]
     assert runs.compare(results, 'better', 'base') == pytest.approx((-1, 0))
     assert said('better', 'base', '<=', 0) == 'PASS' and said('better', 'base', '>=', 0) == 'FAIL'
-    assert said('alike', 'base', '<=', 0) == 'UNRESOLVED' and said('alike', 'base', '<=', 2) == 'PASS'
+    assert said('alike', 'base', '<=', 0) == 'UNRESOLVED'
+    assert said('alike', 'base', '<=', 2) == 'PASS'
     assert said('broken', 'base', '<=', 5) == 'FAIL' and said('broken', 'base', '>=', 5) == 'PASS'
     assert said('once', 'base', '<=', 0) == 'UNRESOLVED'
     assert math.isnan(runs.compare(results, 'none', 'base')[0])

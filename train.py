@@ -53,9 +53,9 @@ class Config:
     activations: str = ''        # their inputs
     gradients: str = ''          # gradients of their outputs,
     gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
-    backward: str = 'ste'        # the backward sees quantized x and w (ste), full ones (full), codes
-                                 # with the scales folded into g (fold), or x and w quantized anew
-                                 # by the Spec of the gradients (requantize)
+    backward: str = 'ste'        # the backward sees quantized x and w (ste), full ones (full),
+                                 # codes, with scales folded into g (fold), or x and w quantized
+                                 # anew, by the Spec of the gradients (requantize)
     compute: str = 'float'       # what is multiplied: codes dequantized, or codes (int8, fp8)
     kv_cache: str = ''           # keys and values
     master: str = ''             # the weights as they are stored between steps
@@ -214,7 +214,8 @@ def check(config):
         if not getattr(config, key) > 0:
             fail(f'{key} = {getattr(config, key)} must be greater than 0')
     for key in ('hidden', 'init_gain', 'warmup_iters', 'weight_decay', 'grad_clip', 'code_lr',
-                'scale_lr', 'embedding_lr', 'threshold', 'ramp', 'min_lr', 'sample_tokens', 'seed'):
+                'scale_lr', 'embedding_lr', 'threshold', 'ramp', 'min_lr', 'sample_tokens',
+                'seed'):
         if not getattr(config, key) >= 0:
             fail(f'{key} = {getattr(config, key)} must not be negative')
     for key in ('dropout', 'beta1', 'beta2'):
@@ -235,7 +236,7 @@ def check(config):
             if s and key != 'adam_v' and s.grid[0] == 'u' and s.sign == 'symmetric':
                 fail(f"{key} = '{getattr(config, key)}' has no negatives; use int, or asymmetric")
             if s and key == 'adam_v' and s.rotation:
-                fail(f"{key} = '{getattr(config, key)}': v must stay positive, a rotation mixes it")
+                fail(f"{key} = '{getattr(config, key)}': v must stay positive; do not rotate it")
     specs = [spec(getattr(config, key)) for key in ('weights', 'activations', 'gradients')]
     try:
         how = Recipe(*specs, config.gradients_in, config.backward, config.compute)
@@ -465,8 +466,8 @@ def open_run(config):
     if config.init_from == 'resume':
         checkpoint = load(ckpt)
         if checkpoint['config'].keys() != asdict(config).keys():
-            fail(f'{ckpt} was trained by another version of this program; start a new run from its '
-                 'weights, --init_from=PATH')
+            fail(f'{ckpt} was trained by another version of this program; start a new run from '
+                 'its weights, --init_from=PATH')
         for key, old in checkpoint['config'].items():
             if key not in RUN_KEYS and getattr(config, key) != old:
                 fail(f'{ckpt} was trained with {key} = {old!r}, not {getattr(config, key)!r}; to '
