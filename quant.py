@@ -465,8 +465,9 @@ class Recipe:
         if self.backward == 'requantize':           # the gradients meet only what goes by them
             rotated = {first.rotation, codes['activations'].rotation}
         if rotated == {'', 'hadamard'} or self.backward == 'fold' and 'hadamard' in rotated:
-            raise ValueError('codes can be multiplied if both operands are rotated or neither: give '
-                             "hadamard to weights and activations; not with backward = 'fold'")
+            raise ValueError('codes can be multiplied if both operands are rotated or neither: '
+                             'give hadamard to weights and to activations, and not with '
+                             "backward = 'fold'")
 
 
 TUNED = {'max_autotune_gemm': True}     # to inductor: scales fuse only into Triton's int8 matmuls
