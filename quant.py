@@ -74,7 +74,7 @@ class Spec:
     map       the level of code c is c (linear), c |c| (sqrt, for m) or c |c|^3 (root4, for v:
               nearest by the fourth root, and never from positive to zero)
     sign      asymmetric: a zero point z per group, x^ = (q + z) s, so that codes span [min, max]
-    rotation  hadamard: H x is quantized, and x^ = H (H x)^, see `rotate`
+    rotation  hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
     packing   trits: five ternary codes a byte (3^5 = 243) instead of four
     format    '', 'nvfp4' (fp4, blocks of 16, e4m3 scales under one float32 scale) or 'mxfp4' (fp4,
               blocks of 32, scales that are powers of two)

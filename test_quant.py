@@ -1381,6 +1381,11 @@ def test_a_vocabulary_that_does_not_fit(vocab, tmp_path):
 # the experiments
 
 def test_every_row_of_an_experiment_is_a_run():
+    for size in direct.TRIES:                                           # every size has its rows
+        for section in direct.rows(size).values():
+            for args in section.values():
+                train.parse([*runs.SIZES[size], *runs.plain(args)])
+    assert direct.TRIES.keys() == pretraining.RATES.keys() == runs.SIZES.keys()
     for program in pretraining, direct:
         names = [name for section in program.rows().values() for name in section]
         assert len(set(names)) == len(names)

@@ -23,7 +23,7 @@ CONFIGS = {BASE: 'config/baseline.py', BITNET: 'config/bitnet.py', TERNARY: 'con
 # what direct training takes for granted, offered to the others
 RECIPE = keys(beta2=0.999, ramp=20.0, init_gain=0.7, adam_v='factored')
 
-# size: what was tried for each side, one seed each; the first is the best, which all rows take
+# size: the tries of each side, one seed each; all rows take the first, the best when it was chosen
 TRIES = {
     'small': {
         BASE: [keys(learning_rate=lr, embedding_lr=embedding) for lr, embedding in (
