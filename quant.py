@@ -810,6 +810,8 @@ def update(wq, g, mq, vq, h, key, start, code_units):
 
         q <- clip(SR(q - lr r), -1, 1): a code moves a level against r with probability lr |r|
 
+    Where there is a threshold, evidence that moved a code is used up: its m <- 0.
+
     Factored, v is (row, col, mean): row col / mean. `start` is the index of the first element in
     the noise. Returns dL/d log s = sum g w over what shares a scale (or None), and how many codes
     changed (or None)."""
@@ -826,8 +828,10 @@ def update(wq, g, mq, vq, h, key, start, code_units):
         ds = _grouped(g * w, wq.spec).sum(axes, keepdim=True)
     w_new = (1 - h.decay) * w - lr * direction(m, v, h)
     new = quantize(w_new, wq.spec, key, scale=wq.scale, start=start)
-    flips = None if wq.spec is None else sum(
-        (a != b).sum() for a, b in zip(*(_digits(q.codes, wq.spec) for q in (new, wq))))
+    flips = None
+    if wq.spec is not None:
+        moved = dequantize(new) != w
+        m, flips = torch.where(moved & (h.tau > 0), 0.0, m), moved.sum()
     _put(wq._replace(scale=None), new)             # w keeps its scale
     _put(mq, quantize(m, mq.spec, key + 1, start=start))
     if isinstance(vq, QTensor):

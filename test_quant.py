@@ -707,6 +707,16 @@ def test_no_flips_below_the_threshold():
     assert rates[3] < 0.003 * rates[0]
 
 
+@pytest.mark.parametrize('tau', [0.0, 0.5])
+def test_evidence_that_moved_a_code_is_used_up(tau):
+    layer, optimizer, step = pair(TERNARY, code_lr=0.5, threshold=tau)
+    before, g = dequantize(layer.stored()), normal(64, 128, seed=1)
+    moved = step(g) != before
+    m = dequantize(optimizer.groups[0].m)
+    assert 0.1 < moved.float().mean() < 0.5
+    assert torch.allclose(m, torch.where(moved & (tau > 0), 0.0, 0.1 * g))
+
+
 def test_scales_learn_downhill():
     layer, _, step = pair(TERNARY, code_lr=1e-6, scale_lr=0.1)
     s = layer.scale.clone()
@@ -1383,17 +1393,16 @@ def test_a_vocabulary_that_does_not_fit(vocab, tmp_path):
 def test_every_row_of_an_experiment_is_a_run():
     for size in direct.TRIES:                                           # every size has its rows
         for section in direct.rows(size).values():
-            for args in section.values():
-                train.parse([*runs.SIZES[size], *runs.plain(args)])
+            for text in section.values():
+                train.parse([*runs.SIZES[size], *runs.plain(runs.arguments(text))])
     assert direct.TRIES.keys() == pretraining.RATES.keys() == runs.SIZES.keys()
     for program in pretraining, direct:
         names = [name for section in program.rows().values() for name in section]
         assert len(set(names)) == len(names)
         assert {c[i] for c in program.CLAIMS for i in (2, 5)} <= set(names)
         for section in program.rows().values():
-            for args in section.values():
-                args = pretraining.arguments(args) if isinstance(args, str) else args
-                train.parse(runs.plain(args))
+            for text in section.values():
+                train.parse(runs.plain(runs.arguments(text)))
 
 
 @pytest.mark.parametrize('name', ideas.PATCHES)

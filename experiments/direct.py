@@ -15,93 +15,99 @@ import argparse
 import os
 import statistics
 
-from experiments.runs import (RESULTS, ROOT, SIZES, Job, claim_lines, keys, losses, results_of,
-                              run_all, table)
+from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines, losses,
+                              results_of, run_all, table)
 
 BASE, BITNET, TERNARY = 'full precision', 'BitNet b1.58', 'direct ternary'
 CONFIGS = {BASE: 'config/baseline.py', BITNET: 'config/bitnet.py', TERNARY: 'config/ternary.py'}
 # what direct training takes for granted, offered to the others
-RECIPE = keys(beta2=0.999, ramp=20.0, init_gain=0.7, adam_v='factored')
+RECIPE = 'beta2=.999 ramp=20 init_gain=.7 adam_v=factored '
 
 # size: the tries of each side, one seed each; all rows take the first, the best when it was chosen
 TRIES = {
     'small': {
-        BASE: [keys(learning_rate=lr, embedding_lr=embedding) for lr, embedding in (
-            (1.5e-3, 12e-3), (1.5e-3, 24e-3), (2e-3, 12e-3), (1.5e-3, 6e-3), (0.75e-3, 6e-3))]
-        + [RECIPE + keys(learning_rate=1.5e-3, embedding_lr=12e-3)],
-        BITNET: [keys(learning_rate=lr, embedding_lr=embedding) for lr, embedding in (
-            (4e-3, 24e-3), (3e-3, 12e-3), (3e-3, 6e-3), (1.5e-3, 6e-3), (6e-3, 24e-3))]
-        + [RECIPE + keys(learning_rate=4e-3, embedding_lr=24e-3)],
-        TERNARY: [keys(learning_rate=embedding, code_lr=code, threshold=tau)
-                  for embedding, code, tau in (
-            (24e-3, 0.1, 1.0), (12e-3, 0.1, 1.0), (6e-3, 0.1, 1.0), (48e-3, 0.1, 1.0),
-            (24e-3, 0.2, 1.5), (24e-3, 0.05, 1.0))]},
+        BASE: ['learning_rate=1.5e-3 embedding_lr=12e-3', 'learning_rate=1.5e-3 embedding_lr=24e-3',
+               'learning_rate=2e-3 embedding_lr=12e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
+               'learning_rate=.75e-3 embedding_lr=6e-3',
+               RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3'],
+        BITNET: ['learning_rate=4e-3 embedding_lr=24e-3', 'learning_rate=3e-3 embedding_lr=12e-3',
+                 'learning_rate=3e-3 embedding_lr=6e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
+                 'learning_rate=4e-3 embedding_lr=12e-3', 'learning_rate=6e-3 embedding_lr=24e-3',
+                 'learning_rate=4e-3 embedding_lr=24e-3 beta2=.999',
+                 'learning_rate=4e-3 embedding_lr=24e-3 weights=ternary/row/absmean',
+                 'learning_rate=4e-3 embedding_lr=24e-3 ramp=40 threshold=.5',
+                 RECIPE + 'learning_rate=4e-3 embedding_lr=24e-3'],
+        TERNARY: ['learning_rate=24e-3', 'learning_rate=12e-3', 'learning_rate=48e-3',
+                  'learning_rate=24e-3 code_lr=.1 threshold=1 ramp=20',
+                  'learning_rate=24e-3 code_lr=.2 threshold=1.5 ramp=20',
+                  'learning_rate=24e-3 code_lr=.4', 'learning_rate=24e-3 code_lr=1.6',
+                  'learning_rate=24e-3 threshold=2.5', 'learning_rate=24e-3 ramp=20',
+                  'learning_rate=24e-3 ramp=0']},
     'default': {
-        BASE: [RECIPE + keys(learning_rate=lr, embedding_lr=6e-3) for lr in (1.5e-3, 0.75e-3)]
-        + [keys(learning_rate=lr, embedding_lr=embedding) for lr, embedding in (
-            (1.5e-3, 6e-3), (3e-3, 3e-3))],
-        BITNET: [RECIPE + keys(learning_rate=lr, embedding_lr=6e-3)
-                 for lr in (1.5e-3, 0.75e-3, 3e-3)]
-        + [keys(learning_rate=lr, embedding_lr=embedding) for lr, embedding in (
-            (1.5e-3, 6e-3), (3e-3, 6e-3), (3e-3, 3e-3))],
-        TERNARY: [keys(learning_rate=embedding, code_lr=code, threshold=tau)
-                  for embedding, code, tau in (
-            (6e-3, 0.1, 1.0), (24e-3, 0.1, 1.0), (6e-3, 0.2, 1.5))]}}
+        BASE: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+               RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
+               'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=3e-3'],
+        BITNET: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+                 RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
+                 RECIPE + 'learning_rate=3e-3 embedding_lr=6e-3',
+                 'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3',
+                 'learning_rate=3e-3 embedding_lr=3e-3'],
+        TERNARY: ['learning_rate=6e-3', 'learning_rate=12e-3', 'learning_rate=6e-3 code_lr=.4',
+                  'learning_rate=6e-3 code_lr=.1 threshold=1 ramp=20']}}
 TRIES['large'] = {      # scaled down from there, not tried
-    BASE: [RECIPE + keys(learning_rate=1e-3, embedding_lr=4e-3)],
-    BITNET: [RECIPE + keys(learning_rate=1e-3, embedding_lr=4e-3)],
-    TERNARY: [keys(learning_rate=4e-3)]}
+    BASE: [RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
+    BITNET: [RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
+    TERNARY: ['learning_rate=4e-3']}
 TRIES['gpt2'] = {
-    BASE: [keys(learning_rate=6e-4)], BITNET: [RECIPE + keys(learning_rate=6e-4)],
-    TERNARY: [keys(learning_rate=2e-3)]}
+    BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4'],
+    TERNARY: ['learning_rate=2e-3']}
 
 
 def rows(size='small'):
-    """{section: {name: arguments}}"""
-    hard = {name: [CONFIGS[name], *TRIES[size][name][0]] for name in (TERNARY, BITNET, BASE)}
-    tune = {f'{name}, {" ".join(flags).replace("--", "")}': [CONFIGS[name], *flags]
-            for name, tries in TRIES[size].items() for flags in tries}
+    """{section: {name: keys for train.py}}"""
+    hard = {name: f'{CONFIGS[name]} {TRIES[size][name][0]}' for name in (TERNARY, BITNET, BASE)}
+    tune = {f'{name}, {more}': f'{CONFIGS[name]} {more}'
+            for name, tries in TRIES[size].items() for more in tries}
+    embedding = hard[TERNARY].split()[1].replace('learning_rate', 'embedding_lr')
+    in_weight_space = f'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0 {embedding}'
 
-    def direct(*more, **values):
-        return [*hard[TERNARY], *more, *keys(**values)]
-
-    def plain(grid, **values):
-        """A master of grid; the threshold is for few levels, bf16 moves in weight space."""
-        rate = keys(code_lr=0.0, learning_rate=3e-3, weight_decay=0.0, compute='float',
-                    embedding_lr=hard[TERNARY][1].split('=')[1]) if grid == 'bf16' else \
-            keys(code_lr={'int2': 0.1, 'int3': 0.1, 'int4': 0.06, 'int8': 0.06}[grid])
-        return [*direct(master=masters[grid] + '/stochastic', threshold=0.0, **values), *rate]
-
-    masters = {'int2': 'int2/row/absmean', 'int3': 'int3/row', 'int4': 'int4/row',
-               'int8': 'int8/row', 'bf16': 'bf16'}
-    own = {f'{grid} master': plain(grid) for grid in masters}
-    seen = {f'{grid} master, ternary forward': plain(grid, weights='ternary/row/absmean')
-            for grid in masters}
-    controls = {'round to nearest': direct(master='ternary/row/absmean'),
-                'frozen random ternary': direct(master='ternary/row/absmean', code_lr=1e-6,
-                                                scale_lr=0.0),
-                'as published': ['config/dqt_paper.py']}
-    states = {f'm and v {name}': direct(adam_m=m, adam_v=v) for name, m, v in (
-        ('float32', '', ''), ('bf16', 'bf16', 'bf16'), ('8-bit', 'int8/row', 'uint8/64/root4'),
-        ('4-bit', 'int4/64/sqrt', 'uint4/64/root4'))}
-    states['m 4-bit, v factored'] = direct(adam_m='int4/64/sqrt')
-    around = {'all else in float32': direct(dtype='float32', activations='', compute='float'),
-              'all else in bfloat16': direct(dtype='bfloat16', activations='', compute='float'),
-              'activations in fp8': direct(activations='fp8/row', compute='float')}
-    without = {'no threshold': direct(threshold=0.0), 'no momentum ramp': direct(ramp=0.0),
-               'fixed scales': direct(scale_lr=0.0), 'no cool-down': direct(min_lr=1.0),
-               'steps in weight space': direct(
-                   code_lr=0.0, learning_rate=3e-3, weight_decay=0.0, threshold=0.0,
-                   embedding_lr=hard[TERNARY][1].split('=')[1]),
-               'scale gain .35': direct(init_gain=0.35), 'scale gain 1.4': direct(init_gain=1.4),
-               'a scale a tensor': direct(master='ternary/tensor/absmean/stochastic')}
-    ideas = {name: direct(f'--idea={name}') for name in
-             ('muon', 'estimated', 'reset', 'feedback', 'squared', 'sticky', 'attention',
-              'growth')}
-    ideas['sign'] = direct('--idea=sign', code_lr=0.02)
-    return {'hard': hard, 'controls': controls, 'masters': own, 'ternary forward': seen,
-            'states': states, 'around': around, 'ingredients': without, 'ideas': ideas,
-            'tune': tune}
+    # the threshold is for evidence on few levels; bf16 has no codes to count in
+    masters = {'int2': 'master=int2/row/absmean/stochastic threshold=0 ramp=20 code_lr=.1',
+               'int3': 'master=int3/row/stochastic threshold=0 ramp=20 code_lr=.1',
+               'int4': 'master=int4/row/stochastic threshold=0 ramp=20 code_lr=.06',
+               'int8': 'master=int8/row/stochastic threshold=0 ramp=20 code_lr=.06',
+               'bf16': f'master=bf16/stochastic ramp=20 compute=float {in_weight_space}'}
+    changes = {     # against direct ternary
+        'controls': {
+            'round to nearest': 'master=ternary/row/absmean',
+            'frozen random ternary': 'master=ternary/row/absmean code_lr=1e-6 scale_lr=0'},
+        'masters': {f'{grid} master': keys for grid, keys in masters.items()},
+        'ternary forward': {f'{grid} master, ternary forward':
+                            f'{keys} weights=ternary/row/absmean'
+                            for grid, keys in masters.items()},
+        'states': {
+            'm and v float32': 'adam_m= adam_v=',
+            'm and v bf16': 'adam_m=bf16 adam_v=bf16',
+            'm and v 8-bit': 'adam_m=int8/row adam_v=uint8/64/root4',
+            'm and v 4-bit': 'adam_m=int4/64/sqrt adam_v=uint4/64/root4',
+            'm 4-bit, v factored': 'adam_m=int4/64/sqrt'},
+        'around': {
+            'all else in float32': 'dtype=float32 activations= compute=float',
+            'all else in bfloat16': 'dtype=bfloat16 activations= compute=float',
+            'activations in fp8': 'activations=fp8/row compute=float'},
+        'ingredients': {
+            'no threshold': 'threshold=0 code_lr=.1',           # which would be far too fast
+            'no momentum ramp': 'ramp=0', 'fixed scales': 'scale_lr=0',
+            'no cool-down': 'min_lr=1', 'steps in weight space': in_weight_space,
+            'scale gain .35': 'init_gain=.35', 'scale gain 1.4': 'init_gain=1.4',
+            'a scale a tensor': 'master=ternary/tensor/absmean/stochastic'},
+        'ideas': {**{name: f'idea={name}' for name in (
+            'kept', 'muon', 'estimated', 'feedback', 'squared', 'sticky', 'attention', 'growth')},
+            'sign': 'idea=sign code_lr=.02'}}
+    sections = {section: {name: f'{hard[TERNARY]} {change}' for name, change in found.items()}
+                for section, found in changes.items()}
+    sections['controls']['as published'] = 'config/dqt_paper.py'
+    return {'hard': hard, **sections, 'tune': tune}
 
 
 CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
@@ -115,6 +121,7 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('ours', 'code units beat weight space', TERNARY, '<=', 0, 'steps in weight space'),
     ('ours', 'the threshold helps', TERNARY, '<=', 0, 'no threshold'),
     ('ours', 'the ramp helps', TERNARY, '<=', 0, 'no momentum ramp'),
+    ('ours', 'using evidence up helps', TERNARY, '<=', 0, 'kept'),
     ('ours', 'learned scales help', TERNARY, '<=', 0, 'fixed scales'),
     ('ours', '4-bit m is free', 'm 4-bit, v factored', '<=', 1, TERNARY),
     ('ours', 'an int8 master under a ternary forward is no worse than BitNet',
@@ -162,8 +169,8 @@ def draw(results, path):
 def main(options):
     sections, stem = rows(options.size), RESULTS / f'direct-{options.size}'
     size, seeds = [*SIZES[options.size], '--eval_interval=1000'], range(1, options.seeds + 1)
-    jobs = {section: [Job(name, [*size, *args], seed) for seed in seeds
-                      for name, args in sections[section].items()
+    jobs = {section: [Job(name, [*size, *arguments(text)], seed) for seed in seeds
+                      for name, text in sections[section].items()
                       if section != 'tune' or seed == 1] for section in sections}
     path = stem.with_suffix('.jsonl')
     run_all(path, [job for section in options.sections for job in jobs[section]], options.jobs)

@@ -5,7 +5,7 @@ run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
     sign       r = sign(m), as in Lion (Chen et al., arXiv 2302.06675)
     muon       r = U V^T of m, of rms 1: Muon (Jordan et al., 2024)
     estimated  the noise floor is median |r| / .6745 of a block of rows, not computed from beta1
-    reset      m <- 0 where a code changed: its evidence is used up
+    kept       m stays where a code changed, instead of becoming zero
     feedback   what rounding left over goes into m: m is then also a low-bit residual, so that the
                weight is in effect a latent of more bits
     squared    p = lr r |r|: strong evidence counts for more
@@ -48,13 +48,12 @@ def squared(m, v, h):
     return r * r.abs()
 
 
-def reset(w, g, m, v, h, key, start, code_units):
+def kept(w, g, m, v, h, key, start, code_units):
     if not code_units:
         return update(w, g, m, v, h, key, start, code_units)
-    before = quant.dequantize(w)
+    whole = h.beta1 * quant.dequantize(m) + (1 - h.beta1) * h.clip * g
     out = update(w, g, m, v, h, key, start, code_units)
-    left = torch.where(quant.dequantize(w) == before, quant.dequantize(m), 0.0)
-    quant._put(m, quant.quantize(left, m.spec))
+    quant._put(m, quant.quantize(whole, m.spec, key + 1, start=start))
     return out
 
 
@@ -118,7 +117,7 @@ PATCHES = {  # idea: (where, what, by what)
     'muon': [(quant, 'direction', muon), (quant.Group, '__init__', whole)],
     'estimated': [(quant, 'direction', estimated)],
     'squared': [(quant, 'direction', squared)],
-    'reset': [(quant, 'update', reset)],
+    'kept': [(quant, 'update', kept)],
     'feedback': [(quant, 'update', feedback)],
     'sticky': [(quant, 'update', sticky)],
     'attention': [(quant.AdamW, '_step', attention)],

@@ -19,8 +19,8 @@ from contextlib import redirect_stdout
 
 import torch
 
-from experiments.runs import (RESULTS, ROOT, SIZES, Job, claim_lines, compare, decide, keys,
-                              losses, run_all, table)
+from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines, compare,
+                              decide, losses, run_all, table)
 from model import GPT
 from quant import Linear, Recipe, dequantize, health, held, quantize, spec
 from train import Run, make_optimizer, parse, pick_dtype, to_batch
@@ -67,11 +67,6 @@ def rows():
     return {**{section: dict(zip(names, names)) for section, names in named.items()},
             'Three meanings of quantized gradients': meanings, 'Four bits forward': forward,
             'Four bits in all three matmuls': three}
-
-
-def arguments(text):
-    """Keys as in a config file to arguments of train.py."""
-    return [word if word.startswith('config/') else f'--{word}' for word in text.split()]
 
 
 BASE = 'config/baseline.py'
@@ -252,13 +247,12 @@ def analyse(jobs, size):
     found['snr'] = {name.removeprefix('h.'):
                     {k: entry[k]['snr_db'] for k in ('weights', 'activations')}
                     for name, entry in health(run.model, x[:1]).items()}
-    for name, args in {'float32': ['config/baseline.py', '--dtype=float32'],
-                       'bfloat16': ['config/baseline.py', '--dtype=bfloat16'],
-                       'W8A8 + 8-bit Adam': ['config/w8a8.py', 'config/adam8.py'],
-                       'W4A4 + 4-bit Adam': ['config/adam4.py', *keys(
-                           weights='int4/row', activations='int4/row')],
-                       'direct ternary': ['config/ternary.py']}.items():
-        found['memory'][name] = memory([*size, *args], run.vocab_size, x[:n], y[:n])
+    for name, text in {'float32': 'config/baseline.py dtype=float32',
+                       'bfloat16': 'config/baseline.py dtype=bfloat16',
+                       'W8A8 + 8-bit Adam': 'config/w8a8.py config/adam8.py',
+                       'W4A4 + 4-bit Adam': 'config/w4a4.py config/adam4.py',
+                       'direct ternary': 'config/ternary.py'}.items():
+        found['memory'][name] = memory([*size, *arguments(text)], run.vocab_size, x[:n], y[:n])
     found['sharpness'] = {name: [sharpness(*load(job)) for job in jobs[name]] for name in KEPT}
     found['post_training'] = [post_training(load(job)[0]) for job in jobs[BASE]]
     return found

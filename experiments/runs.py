@@ -41,9 +41,9 @@ SIZES = {  # name: arguments for train.py that come before all others
 }
 
 
-def keys(**values):
-    """Config keys as arguments for train.py."""
-    return [f'--{key}={value}' for key, value in values.items()]
+def arguments(text):
+    """Keys as in a config file, 'config/w8.py learning_rate=1e-3', as arguments of train.py."""
+    return [word if word.startswith('config/') else f'--{word}' for word in text.split()]
 
 
 class Job(NamedTuple):
