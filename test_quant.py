@@ -1399,7 +1399,8 @@ def test_every_row_of_an_experiment_is_a_run():
     for program in pretraining, direct:
         names = [name for section in program.rows().values() for name in section]
         assert len(set(names)) == len(names)
-        assert {c[i] for c in program.CLAIMS for i in (2, 5)} <= set(names)
+        claimed = {c[i].removesuffix(', as ternary') for c in program.CLAIMS for i in (2, 5)}
+        assert claimed <= set(names)
         for section in program.rows().values():
             for text in section.values():
                 train.parse(runs.plain(runs.arguments(text)))
@@ -1437,7 +1438,8 @@ def test_an_experiment_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, 'ROOT', tmp_path)
     path, args = tmp_path / 'results.jsonl', [a for a in small if 'out_dir' not in a]
     todo = [runs.Job('one', ['config/ternary.py', *args, '--idea=sign'], 1),
-            runs.Job('two', [*args, '--learning_rate=1e18'], 1)]
+            runs.Job('two', [*args, '--learning_rate=1e18'], 1),
+            runs.Job('three', ['config/direct8.py', *args], 1)]
 
     class Here(Executor):           # instead of a pool of processes: one can look into it
         def __init__(self, *_):
@@ -1453,13 +1455,14 @@ def test_an_experiment_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
     log, seen = todo[0].folder / 'log.jsonl', []
     whole = log_of(log.parent)[-1]['val_loss']
     log.write_text(''.join(log.open().readlines()[:-1]))                # stopped before the end
-    one, two = runs.run_all(path, todo, 1, keep=('one',))
+    one, two, three = runs.run_all(path, todo, 1, keep=('one',))
+    assert three['loss_as_ternary'] > three['val_loss'] > 0             # barely trained
     assert one['val_loss'] == whole                                     # not trained once more
     assert one['val_loss'] > 0 and two['val_loss'] is None and 'is nan at' in two['failed']
     assert todo[0].folder.exists() and not todo[1].folder.exists()
     monkeypatch.setattr(runs, 'run_one', seen.append)
     todo[1] = todo[1]._replace(name='renamed')
-    assert runs.run_all(path, todo, 1) == [one, {**two, 'name': 'renamed'}] and not seen
+    assert runs.run_all(path, todo, 1) == [one, {**two, 'name': 'renamed'}, three] and not seen
 
 
 # ------------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def rows(size='small'):
                'int3': 'master=int3/row/stochastic threshold=0 ramp=20 code_lr=.1',
                'int4': 'master=int4/row/stochastic threshold=0 ramp=20 code_lr=.06',
                'int8': 'master=int8/row/stochastic threshold=0 ramp=20 code_lr=.06',
+               'int8 absmean': 'master=int8/row/absmean/stochastic threshold=0 ramp=20 code_lr=.06',
                'bf16': f'master=bf16/stochastic ramp=20 compute=float {in_weight_space}'}
     changes = {     # against direct ternary
         'controls': {
@@ -114,6 +115,10 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('2', 'ternary converges', TERNARY, '<=', -5, 'frozen random ternary'),
     ('2', 'stochastic rounding is what makes it', TERNARY, '<=', -5, 'round to nearest'),
     ('2', '8-bit is on par with BitNet', 'int8 master', '<=', 1, BITNET),
+    ('2', 'an 8-bit model can infer with ternary weights', 'int8 master, as ternary', '<=', 5,
+     'int8 master'),
+    ('2', 'one whose scales are absmean can', 'int8 absmean master, as ternary', '<=', 5,
+     'int8 absmean master'),
     ('2', 'bfloat16 around it costs nothing', 'all else in bfloat16', '<=', 1,
      'all else in float32'),
     ('2', 'nor does fp8', 'activations in fp8', '<=', 1, 'all else in float32'),
@@ -175,6 +180,10 @@ def main(options):
     path = stem.with_suffix('.jsonl')
     run_all(path, [job for section in options.sections for job in jobs[section]], options.jobs)
     results = results_of(path, [job for section in sections for job in jobs[section]])
+    inferred = [{**r, 'name': f'{r["name"]}, as ternary', 'val_loss': r['loss_as_ternary']}
+                for r in results if 'loss_as_ternary' in r]
+    sections['inferred with ternary weights'] = dict.fromkeys(r['name'] for r in inferred)
+    results += inferred
     lines = claim_lines(results, CLAIMS)
     for section, names in sections.items():
         names = [name for name in names if losses(results, name)]

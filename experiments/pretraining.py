@@ -10,20 +10,18 @@ experiments/results/pretraining-<size>.jsonl (one line a run; finished ones are 
 -analysis.json, .md and two .png.
 """
 import argparse
-import io
 import json
 import math
 import os
 import statistics
-from contextlib import redirect_stdout
 
 import torch
 
 from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines, compare,
-                              decide, losses, run_all, table)
+                              decide, load, losses, run_all, table)
 from model import GPT
 from quant import Linear, Recipe, dequantize, health, held, quantize, spec
-from train import Run, make_optimizer, parse, pick_dtype, to_batch
+from train import make_optimizer, parse, pick_dtype, to_batch
 
 # every row trains by the rates best for the baseline; experiments/direct.py has the tries
 RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3'],
@@ -103,11 +101,9 @@ KEPT = [BASE, 'weights=int8/row', 'weights=int4/row', 'weights=int3/row', TERNAR
 # ------------------------------------------------------------------------------------------------
 # looking into trained models
 
-def load(job):
-    """A finished run as train.py builds it, and 8,192 tokens of validation data: (run, x, y)."""
-    with redirect_stdout(io.StringIO()):
-        run = Run(parse([*job.args, f'--seed={job.seed}', f'--out_dir={job.folder}',
-                         f'--init_from={job.folder}/ckpt.pt', '--eval_only=True']), 0, 1)
+def look_at(job):
+    """A finished run and 8,192 tokens of validation data: (run, x, y)."""
+    run = load(job)
     T = run.config.block_size
     n = max(1, 8192 // T)
     starts = [i * (len(run.val_data) - T - 1) // n for i in range(n)]
@@ -237,7 +233,7 @@ def post_training(run):
 def analyse(jobs, size):
     """Every analysis, as a dict for the JSON file; jobs {name: [Job, one a seed]}, size the
     arguments they have in common."""
-    run, x, y = load(jobs[BASE][0])
+    run, x, y = look_at(jobs[BASE][0])
     n = run.config.batch_size
     inputs, outputs = traffic(run, x, y)
     found = {'outliers': outliers(inputs), 'zeros': zeros(run, x, y, outputs),
@@ -253,8 +249,8 @@ def analyse(jobs, size):
                        'W4A4 + 4-bit Adam': 'config/w4a4.py config/adam4.py',
                        'direct ternary': 'config/ternary.py'}.items():
         found['memory'][name] = memory([*size, *arguments(text)], run.vocab_size, x[:n], y[:n])
-    found['sharpness'] = {name: [sharpness(*load(job)) for job in jobs[name]] for name in KEPT}
-    found['post_training'] = [post_training(load(job)[0]) for job in jobs[BASE]]
+    found['sharpness'] = {name: [sharpness(*look_at(job)) for job in jobs[name]] for name in KEPT}
+    found['post_training'] = [post_training(load(job)) for job in jobs[BASE]]
     return found
 
 

@@ -97,9 +97,19 @@ def read(path):
         return [json.loads(line) for line in f]
 
 
+def load(job, *more):
+    """The model of a job whose checkpoint is still there, as train.py builds it from its arguments
+    and `more`: a Run."""
+    args = [*plain(job.args), f'--seed={job.seed}', f'--out_dir={job.folder}',
+            f'--init_from={job.folder}/ckpt.pt', '--eval_only=True', *more]
+    with redirect_stdout(io.StringIO()):
+        return train.Run(train.parse(args), 0, 1)
+
+
 def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
-    val_loss None; any other failure raises RuntimeError with its last words."""
+    val_loss None; any other failure raises RuntimeError with its last words. Where a master has
+    more levels than three, loss_as_ternary is that of the same model with ternary weights."""
     resume = ['--init_from=resume'] if (job.folder / 'ckpt.pt').exists() else ['--overwrite=True']
     failed = ''
     torch._dynamo.reset()
@@ -119,6 +129,10 @@ def run_one(job):
              for e in log if 'train_loss' in e]
     kept = {'val_loss': None, 'failed': failed} if failed else \
         {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
+    config = train.parse(plain(job.args))
+    if not failed and config.master and 'ternary' not in config.master + config.weights:
+        run = load(job, '--weights=ternary/row/absmean')
+        kept['loss_as_ternary'] = run.evaluate(2 ** 22)['val_loss']
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': job.mark, **kept,
             'curve': curve[::max(1, len(curve) // 20)], 'threads': torch.get_num_threads(),
             'sha256': first['sha256'], **first['versions'], 'machine': machine(),
