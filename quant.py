@@ -936,7 +936,8 @@ class AdamW:
                     times r, without weight decay; 0: they move by learning_rate, as published
     scale_lr        of the direct update: its scales learn at this rate, log s by Adam; 0: fixed
     embedding_lr    of all that is in no Linear: embeddings, norms, biases; 0: learning_rate
-    threshold       of weights of Linear layers: tau, in standard deviations of r under white noise
+    threshold       of weights of Linear layers: tau, in standard deviations of r under white noise;
+                    where one moved a code, its m starts from zero again
     ramp            of the same: beta1_t = min(.9995, 1 - 1 / (10 + t / ramp)); 0: beta1 is fixed
     flat            gradients live in one buffer a group: one call a group, as suits a GPU
     compiled        torch.compile the update

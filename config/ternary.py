@@ -1,5 +1,6 @@
-# direct ternary training (paper 2, 2412.04787, but with steps in code units, a noise threshold, a
-# momentum ramp and learned scales): packed ternary codes are the only weights there are
+# direct ternary training (paper 2, 2412.04787, but with steps in code units, a threshold of two
+# deviations of the noise, a momentum ramp and learned scales): packed ternary codes are the only
+# weights there are
 master = 'ternary/row/absmean/stochastic'
 activations = 'int8/row'
 adam_m = 'int8/row'

@@ -35,7 +35,7 @@ TRIES = {
                  'learning_rate=4e-3 embedding_lr=12e-3', 'learning_rate=6e-3 embedding_lr=24e-3',
                  'learning_rate=4e-3 embedding_lr=24e-3 beta2=.999',
                  'learning_rate=4e-3 embedding_lr=24e-3 weights=ternary/row/absmean',
-                 'learning_rate=4e-3 embedding_lr=24e-3 ramp=40 threshold=.5',
+                 'learning_rate=12e-3 embedding_lr=24e-3 ramp=40 threshold=1',
                  RECIPE + 'learning_rate=4e-3 embedding_lr=24e-3'],
         TERNARY: ['learning_rate=24e-3', 'learning_rate=12e-3', 'learning_rate=48e-3',
                   'learning_rate=24e-3 code_lr=.1 threshold=1 ramp=20',
@@ -45,9 +45,12 @@ TRIES = {
                   'learning_rate=24e-3 ramp=0']},
     'default': {
         BASE: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+               RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
                RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
                'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=3e-3'],
-        BITNET: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+        BITNET: [RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
+                 RECIPE + 'learning_rate=15e-3 embedding_lr=6e-3 ramp=40 threshold=2',
+                 RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
                  RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
                  RECIPE + 'learning_rate=3e-3 embedding_lr=6e-3',
                  'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3',
@@ -95,7 +98,8 @@ def rows(size='small'):
         'around': {
             'all else in float32': 'dtype=float32 activations= compute=float',
             'all else in bfloat16': 'dtype=bfloat16 activations= compute=float',
-            'activations in fp8': 'activations=fp8/row compute=float'},
+            'activations in fp8': 'activations=fp8/row compute=float',
+            'codes not multiplied': 'compute=float'},
         'ingredients': {
             'no threshold': 'threshold=0 code_lr=.1',           # which would be far too fast
             'no momentum ramp': 'ramp=0', 'fixed scales': 'scale_lr=0',
@@ -122,6 +126,7 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('2', 'bfloat16 around it costs nothing', 'all else in bfloat16', '<=', 1,
      'all else in float32'),
     ('2', 'nor does fp8', 'activations in fp8', '<=', 1, 'all else in float32'),
+    ('ours', 'multiplying codes changes nothing', TERNARY, '<=', 0.5, 'codes not multiplied'),
     ('ours', 'direct ternary is no worse than BitNet', TERNARY, '<=', 0, BITNET),
     ('ours', 'code units beat weight space', TERNARY, '<=', 0, 'steps in weight space'),
     ('ours', 'the threshold helps', TERNARY, '<=', 0, 'no threshold'),

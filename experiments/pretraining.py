@@ -48,7 +48,9 @@ def rows():
               'adam_v=uint4/64/root4', 'config/adam8.py', 'config/adam4.py',
               'beta2=0.999', 'adam_v=uint8/tensor beta2=0.999',     # the betas of paper 1
               'adam_v=uint8/64/root4 beta2=0.999']
-    together = ['config/w8a8.py', 'config/w8a8g8.py', 'config/everything.py embedding_lr=0']
+    together = ['config/w8a8.py', 'config/w8a8.py compute=float',       # not codes multiplied
+                'config/w8a8g8.py', 'config/w8a8g8.py compute=float',
+                'config/w8a8g8.py backward=requantize', 'config/everything.py embedding_lr=0']
     forward = {f'W4A4 {how}': f'weights={how} activations={how}' for how in (
         'int4/row', 'int4/row/mse', 'int4/row/hadamard', 'int4/row/hadamard/mse', 'int4/32',
         'mxfp4', 'nvfp4', 'mxfp4/hadamard', 'nvfp4/mse')}
@@ -89,6 +91,10 @@ CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a)
     ('ours', '4-bit v by its fourth root is free', 'adam_v=uint4/64/root4', '<=', 1, BASE),
     ('5', 'W8A8 keeps quality', 'config/w8a8.py', '<=', 1, BASE),
     ('5', 'W8A8G8 is harder', 'config/w8a8g8.py', '>=', 0, 'config/w8a8.py'),
+    ('ours', 'multiplying codes changes nothing', 'config/w8a8.py', '<=', 0.5,
+     'config/w8a8.py compute=float'),
+    ('ours', 'nor does it backwards', 'config/w8a8g8.py', '<=', 0.5,
+     'config/w8a8g8.py compute=float'),
     ('ours', 'W4A4 within 2 % by the best way', BEST_W4A4, '<=', 2, BASE),
     ('ours', 'which beats plain absmax', BEST_W4A4, '<=', 0, 'W4A4 int4/row'),
     ('ours', 'W4A4G4 within 4 % by the best way', BEST_W4A4G4, '<=', 4, BASE),
