@@ -53,9 +53,10 @@ class Job(NamedTuple):
 
     @property
     def mark(self):
-        """A digest of all that is not the default: a run whose config file changed is another."""
+        """A digest of what is not the default and matters to the loss: a run whose config file
+        changed is another."""
         config, default = (asdict(train.parse(args)) for args in (plain(self.args), []))
-        changed = {k: v for k, v in config.items() if v != default[k] and k != 'out_dir'}
+        changed = {k: v for k, v in config.items() if v != default[k] and k not in ('out_dir', 'compile')}
         text = json.dumps([changed, idea(self.args), self.seed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
