@@ -242,10 +242,10 @@ def rotate(x):
 
 def _levels(c, s):
     """The number each code stands for, float32, before the scale."""
-    if s.grid == 'fp4':                            # 0 .5 1 1.5 2 3 4 6, then their negatives
+    if s.grid == 'fp4':     # 0 .5 1 1.5 2 3 4 6, then their negatives: slope 1/2, 1 from 4, 2 from 6
         i = (c & 7).float()
-        y = torch.where(i < 4, i / 2, torch.where(i < 6, i - 2, 2 * i - 8))
-        return torch.where(c > 7, -y, y)
+        y = i.clamp(max=4) / 2 + (i - 4).clamp(0, 2) + 2 * (i - 6).clamp(min=0)
+        return y * (1 - 2 * (c > 7).float())
     c = c.float()
     return c if s.map == 'linear' else c * c.abs() if s.map == 'sqrt' else c * c.abs() ** 3
 
@@ -285,8 +285,7 @@ def pack(c, s):
     the codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order."""
     if s.grid == 'fp4':
         a = c.abs()
-        i = torch.where(a < 2, 2 * a, torch.where(a < 4, a + 2, a / 2 + 4))
-        c = i + 8 * (c.signbit() & (a > 0))
+        c = 2 * a.clamp(max=2) + (a - 2).clamp(0, 2) + (a - 4).clamp(min=0) / 2 + 8 * (c < 0)
     elif s.grid in FLOATS:
         return c.to(FLOATS[s.grid][3])
     if s.per_byte == 1:

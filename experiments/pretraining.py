@@ -103,7 +103,6 @@ CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a)
     ('ours', 'W4A4G4 within 4 % by the best way', BEST_W4A4G4, '<=', 4, BASE),
     ('ours', 'which beats plain absmax', BEST_W4A4G4, '<=', 0, 'W4A4 int4/row, G4 int4/row')]
 
-SLOW = 'stochastic', 'fp4', 'g8', 'everything'      # eagerly; these gain more than compiling takes
 TERNARY = 'weights=ternary/row/absmean'
 KEPT = [BASE, 'weights=int8/row', 'weights=int4/row', 'weights=int3/row', TERNARY]
 
@@ -399,8 +398,7 @@ def draw_analysis(found, path):
 def main(options):
     sections = rows()
     size = [*SIZES[options.size], *RATES[options.size], '--eval_interval=1000']
-    fused = lambda text: ['--compile=yes'] if any(word in text for word in SLOW) else []
-    jobs = {name: [Job(name, [*size, *arguments(text), *fused(text)], seed) for seed in (1, 2, 3)]
+    jobs = {name: [Job(name, [*size, *arguments(text)], seed) for seed in (1, 2, 3)]
             for section in sections.values() for name, text in section.items()}
     stem = RESULTS / f'pretraining-{options.size}'
     # one seed of every row, and three of those that come near the baseline or are in a claim
