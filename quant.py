@@ -285,7 +285,7 @@ def pack(c, s):
     the codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order."""
     if s.grid == 'fp4':
         a = c.abs()
-        c = 2 * a.clamp(max=2) + (a - 2).clamp(0, 2) + (a - 4).clamp(min=0) / 2 + 8 * (c < 0)
+        c = 2 * a.clamp(max=2) + (a - 2).clamp(0, 2) + (a - 4).clamp(min=0) / 2 + 8 * (c < 0).float()
     elif s.grid in FLOATS:
         return c.to(FLOATS[s.grid][3])
     if s.per_byte == 1:
