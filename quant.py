@@ -242,7 +242,7 @@ def rotate(x):
 
 def _levels(c, s):
     """The number each code stands for, float32, before the scale."""
-    if s.grid == 'fp4':     # 0 .5 1 1.5 2 3 4 6, then their negatives: slope 1/2, 1 from 4, 2 from 6
+    if s.grid == 'fp4':     # 0 .5 1 1.5 2 3 4 6, then their negatives; the slope is 1/2, 1, 2
         i = (c & 7).float()
         y = i.clamp(max=4) / 2 + (i - 4).clamp(0, 2) + 2 * (i - 6).clamp(min=0)
         return y * (1 - 2 * (c > 7).float())
@@ -285,7 +285,8 @@ def pack(c, s):
     the codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order."""
     if s.grid == 'fp4':
         a = c.abs()
-        c = 2 * a.clamp(max=2) + (a - 2).clamp(0, 2) + (a - 4).clamp(min=0) / 2 + 8 * (c < 0).float()
+        i = 2 * a.clamp(max=2) + (a - 2).clamp(0, 2) + (a - 4).clamp(min=0) / 2
+        c = i + 8 * (c < 0).float()
     elif s.grid in FLOATS:
         return c.to(FLOATS[s.grid][3])
     if s.per_byte == 1:
@@ -935,8 +936,8 @@ class AdamW:
                     times r, without weight decay; 0: they move by learning_rate, as published
     scale_lr        of the direct update: its scales learn at this rate, log s by Adam; 0: fixed
     embedding_lr    of all that is in no Linear: embeddings, norms, biases; 0: learning_rate
-    threshold       of weights of Linear layers: tau, in standard deviations of r under white noise;
-                    where one moved a code, its m starts from zero again
+    threshold       of weights of Linear layers: tau, in standard deviations of r under white
+                    noise; where a code moved, its m starts from zero again
     ramp            of the same: beta1_t = min(.9995, 1 - 1 / (10 + t / ramp)); 0: beta1 is fixed
     flat            gradients live in one buffer a group: one call a group, as suits a GPU
     compiled        torch.compile the update

@@ -26,9 +26,9 @@ RECIPE = 'beta2=.999 ramp=20 init_gain=.7 adam_v=factored '
 # size: the tries of each side, one seed each; all rows take the first, the best when it was chosen
 TRIES = {
     'small': {
-        BASE: ['learning_rate=1.5e-3 embedding_lr=12e-3', 'learning_rate=1.5e-3 embedding_lr=24e-3',
-               'learning_rate=2e-3 embedding_lr=12e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
-               'learning_rate=.75e-3 embedding_lr=6e-3',
+        BASE: ['learning_rate=1.5e-3 embedding_lr=12e-3',
+               'learning_rate=1.5e-3 embedding_lr=24e-3', 'learning_rate=2e-3 embedding_lr=12e-3',
+               'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=.75e-3 embedding_lr=6e-3',
                RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3'],
         BITNET: ['learning_rate=4e-3 embedding_lr=24e-3', 'learning_rate=3e-3 embedding_lr=12e-3',
                  'learning_rate=3e-3 embedding_lr=6e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
@@ -75,12 +75,13 @@ def rows(size='small'):
     in_weight_space = f'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0 {embedding}'
 
     # the threshold is for evidence on few levels; bf16 has no codes to count in
-    masters = {'int2': 'master=int2/row/absmean/stochastic threshold=0 ramp=20 code_lr=.1',
-               'int3': 'master=int3/row/stochastic threshold=0 ramp=20 code_lr=.1',
-               'int4': 'master=int4/row/stochastic threshold=0 ramp=20 code_lr=.06',
-               'int8': 'master=int8/row/stochastic threshold=0 ramp=20 code_lr=.06',
-               'int8 absmean': 'master=int8/row/absmean/stochastic threshold=0 ramp=20 code_lr=.06',
-               'bf16': f'master=bf16/stochastic ramp=20 compute=float {in_weight_space}'}
+    masters = {'int2': 'master=int2/row/absmean/stochastic code_lr=.1',
+               'int3': 'master=int3/row/stochastic code_lr=.1',
+               'int4': 'master=int4/row/stochastic code_lr=.06',
+               'int8': 'master=int8/row/stochastic code_lr=.06',
+               'int8 absmean': 'master=int8/row/absmean/stochastic code_lr=.06',
+               'bf16': f'master=bf16/stochastic compute=float {in_weight_space}'}
+    masters = {grid: f'{keys} threshold=0 ramp=20' for grid, keys in masters.items()}
     changes = {     # against direct ternary
         'controls': {
             'round to nearest': 'master=ternary/row/absmean',

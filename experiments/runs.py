@@ -56,7 +56,8 @@ class Job(NamedTuple):
         """A digest of what is not the default and matters to the loss: a run whose config file
         changed is another."""
         config, default = (asdict(train.parse(args)) for args in (plain(self.args), []))
-        changed = {k: v for k, v in config.items() if v != default[k] and k not in ('out_dir', 'compile')}
+        changed = {k: v for k, v in config.items()
+                   if v != default[k] and k not in ('out_dir', 'compile')}
         text = json.dumps([changed, idea(self.args), self.seed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -146,7 +147,7 @@ def run_all(path, todo, jobs, keep=()):
     done = {r.get('mark') for r in read(path)}
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
-    # else glibc gives every temporary back, and eager runs spend a third of their time on new pages
+    # else glibc gives every temporary back, and new pages take a third of the time of eager runs
     os.environ.update(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2 ** 34))
     spawn = get_context('spawn')
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
