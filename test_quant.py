@@ -994,11 +994,12 @@ def test_every_strategy_on_codes_is_the_strategy_in_floats(name):
     """Loss and gradients of a model, or an error where there are not codes on both sides."""
     c = config(f'config/{name}.py')
     backwards = ('fold', 'requantize') if c.gradients else ('ste',)
+    operands = spec(c.weights or c.master), spec(c.activations)
     for backward in backwards:
         ways = []
         for compute in ('float', 'int8'):
             how = {'compute': compute, 'backward': backward}
-            if not (c.weights or c.master) or not c.activations:
+            if not all(s is not None and s.factors for s in operands):
                 with pytest.raises(ValueError, match='multiplies codes'):
                     model = gpt(f'config/{name}.py', compute='int8', backward=backward)
                     model(tokens(2, 32))
