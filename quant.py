@@ -97,12 +97,18 @@ class Spec:
         return float(INTEGERS[self.grid][1] ** {'linear': 1, 'sqrt': 2, 'root4': 4}[self.map])
 
     @property
-    def base(self):
-        """Number of values of a packed code: 3, 4, 16, or 256 if a code takes a byte or more."""
-        if self.packing == 'trits':
-            return 3
-        two_bits, four_bits = ('ternary', 'int2'), ('int3', 'int4', 'uint4', 'fp4')
-        return 4 if self.grid in two_bits else 16 if self.grid in four_bits else 256
+    def packed(self):
+        """Do several codes share a byte?"""
+        return self.grid == 'fp4' or self.grid in INTEGERS and self.grid[-1] != '8'
+
+    @property
+    def packs(self):
+        """How many codes share a byte, for each field of their bits, low ones first: codes of six
+        bits have a field of four, two a byte, and one of two, four a byte, [2, 4]."""
+        if not self.packed or self.packing == 'trits':
+            return [5 if self.packed else 1]
+        bits = 2 if self.grid == 'ternary' else int(self.grid[-1])
+        return [8 // field for field in (4, 2, 1) if bits & field]
 
     @property
     def shared(self):
@@ -116,10 +122,6 @@ class Spec:
         codes = self.grid in INTEGERS and self.grid[0] != 'u' or self.grid in ('fp8', 'fp8e5')
         linear = self.map == 'linear' and self.sign == 'symmetric'
         return codes and linear and self.group in ('row', 'tensor')
-
-    @property
-    def per_byte(self):
-        return {3: 5, 4: 4, 16: 2, 256: 1}[self.base]
 
 
 def spec(text):
@@ -280,38 +282,46 @@ def _round(y, s, key, start):
     return c.clamp(low, high)
 
 
+BASE = {1: 256, 2: 16, 4: 4, 5: 3, 8: 2}        # so many digits of this base are a byte
+
+
 def pack(c, s):
     """Codes (float32) to storage. Below 8 bits a byte holds several, of n bytes in a row the j-th
-    the codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order."""
+    the codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order. Codes
+    of 3, 5, 6 or 7 bits lie in two or three fields (`Spec.packs`), one behind the other."""
     if s.grid == 'fp4':
         a = c.abs()
         i = 2 * a.clamp(max=2) + (a - 2).clamp(0, 2) + (a - 4).clamp(min=0) / 2
         c = i + 8 * (c < 0).float()
     elif s.grid in FLOATS:
         return c.to(FLOATS[s.grid][3])
-    if s.per_byte == 1:
+    if not s.packed:
         return c.to(torch.uint8 if s.grid == 'uint8' else torch.int8)
     low = 0 if s.grid == 'fp4' else INTEGERS[s.grid][0]
-    c = F.pad((c - low).to(torch.uint8), (0, -c.shape[-1] % s.per_byte))
-    digits = c.unflatten(-1, (s.per_byte, -1)).unbind(-2)
-    return sum(digit * s.base ** i for i, digit in enumerate(digits))      # base 3, 4 or 16
+    c, fields = (c - low).to(torch.uint8), []
+    for n in s.packs:
+        field = c if n == s.packs[-1] else c & (BASE[n] - 1)
+        digits = F.pad(field, (0, -c.shape[-1] % n)).unflatten(-1, (n, -1)).unbind(-2)
+        fields.append(sum(digit * BASE[n] ** i for i, digit in enumerate(digits)))
+        c = c >> (8 // n)
+    return torch.cat(fields, -1)
 
 
-def _digits(codes, s):
-    """The places of all bytes, each a tensor of the shape of codes, from the lowest on."""
-    if s.per_byte == 1:
-        return [codes]
-    if s.base == 3:
-        return [codes.div(3 ** i, rounding_mode='floor') % 3 for i in range(5)]
-    bits = 8 // s.per_byte
-    return [(codes >> (bits * i)) & (s.base - 1) for i in range(s.per_byte)]
+def _digits(field, n):
+    """The n places of all bytes, each a tensor of the shape of field, from the lowest on."""
+    if n == 5:
+        return [field.div(3 ** i, rounding_mode='floor') % 3 for i in range(5)]
+    return [(field >> (8 // n * i)) & (BASE[n] - 1) for i in range(n)]
 
 
 def unpack(codes, s, cols):
     """Storage to one code an element: int8, uint8, or the float dtype of the grid."""
-    if s.per_byte == 1:
+    if not s.packed:
         return codes
-    c = torch.cat(_digits(codes, s), -1)[..., :cols]
+    c, shift = 0, 0
+    for n, field in zip(s.packs, codes.split([-(-cols // n) for n in s.packs], -1)):
+        c = c + (torch.cat(_digits(field, n), -1)[..., :cols] << shift)
+        shift += 8 // n
     low = 0 if s.grid in FLOATS else INTEGERS[s.grid][0]
     return c.to(torch.int8) + low if low else c
 
@@ -1125,10 +1135,10 @@ def held(model, optimizer):
 
 
 def shares(model):
-    """{level: share of the codes} of the low-bit masters of at most 16 levels; {} without any."""
+    """{level: share of the codes} of the low-bit masters below 8 bits; {} without any."""
     counts = {}
     for layer in model.modules():
-        if isinstance(layer, Linear) and layer.master is not None and layer.master.base < 256:
+        if isinstance(layer, Linear) and layer.master is not None and layer.master.packed:
             codes = unpack(layer.codes, layer.master, layer.weight.shape[1])
             levels = _levels(codes, layer.master)
             for level, n in zip(*(t.tolist() for t in levels.unique(return_counts=True))):
