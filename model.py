@@ -177,12 +177,6 @@ class GPT(nn.Module):
         model.load_state_dict(ours)
         return model
 
-    def store_(self, master):
-        """Turn the weights of the blocks into low-bit masters (quant.Linear.store_)."""
-        for layer in self.h.modules():
-            if isinstance(layer, Linear):
-                layer.store_(master)
-
     def compile(self):
         """torch.compile a block, once for all of them, and the loss, in place."""
         options = None
@@ -197,18 +191,20 @@ class GPT(nn.Module):
         for i, layer in enumerate(m for m in self.modules() if isinstance(m, Linear)):
             layer.key.fill_(noise_key(*numbers, i))
 
-    def forward(self, idx, targets=None, caches=None):
-        B, T = idx.shape
-        start = 0 if caches is None or caches[0].k is None else caches[0].k.codes.shape[2]
-        if start + T > self.block_size:
-            raise ValueError(f'{start + T} tokens do not fit into block_size = {self.block_size}')
-        x = self.wte(idx)                                                       # (B, T, C)
+    def embed(self, idx, start=0):
+        """What blocks take: x (B, T, C), the first token at `start`, and the angles of rope."""
+        end = start + idx.shape[1]
+        if end > self.block_size:
+            raise ValueError(f'{end} tokens do not fit into block_size = {self.block_size}')
+        x = self.wte(idx)
         if self.wpe is not None:
-            x = x + self.wpe.weight[start:start + T]
+            x = x + self.wpe.weight[start:end]
         x = F.dropout(x, self.config.dropout, self.training).to(self.dtype)
-        angles = None
-        if self.wpe is None:
-            angles = self.cos[start:start + T], self.sin[start:start + T]
+        return x, (self.cos[start:end], self.sin[start:end]) if self.wpe is None else None
+
+    def forward(self, idx, targets=None, caches=None):
+        start = 0 if caches is None or caches[0].k is None else caches[0].k.codes.shape[2]
+        x, angles = self.embed(idx, start)                                      # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, angles, None if caches is None else caches[i])
         x = self.ln_f(x)

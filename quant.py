@@ -18,6 +18,7 @@ of these can be quantized, and a string says how: 'int8/row', 'ternary/tensor/ab
     Linear                with the straight-through estimator, or a low-bit weight and no other
     KVCache               keys and values
     AdamW                 optimizer states, low-bit masters and the direct ternary update
+    rtn_, gptq_           post-training quantization: without training, of weights that are trained
     held, health          the bytes really held, and what quantization does to a model
 
 There are two ways to have low-bit weights. Either a float32 weight is kept and rounded at every
@@ -27,6 +28,8 @@ forward on an int8 master.
 
     paper 1  Chitsaz et al., Exploring Quantization for Efficient Pre-Training, arXiv 2407.11722
     paper 2  Zhao et al., Direct Quantized Training with Stochastic Rounding, arXiv 2412.04787
+    paper 3  Xu et al., Understanding the Difficulty of Low-Precision Post-Training Quantization of
+             Large Language Models, arXiv 2410.14570
 """
 import difflib
 import math
@@ -713,9 +716,10 @@ class Linear(nn.Module):
         return QTensor(self.codes, self.scale, spec=self.master, cols=self.weight.shape[1])
 
     @torch.no_grad()
-    def store_(self, master):
-        """Keep only codes: q = clip(round(w / s), Qn, Qp). s comes from w as it is now and from
-        then on is fixed, or learned, but not computed again: absmean of a ternary w would shrink.
+    def store_(self, master, q=None):
+        """Keep only codes: q = clip(round(w / s), Qn, Qp), or the QTensor that is given. s comes
+        from w as it is now and from then on is fixed, or learned, but not computed again: absmean
+        of a ternary w would shrink.
 
         autograd still wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
         expanded to that shape, in four bytes of memory. Call this on the device where it stays."""
@@ -726,7 +730,7 @@ class Linear(nn.Module):
                 s.rotation:
             raise ValueError(f"master = '{master}': a stored weight takes a symmetric, signed, "
                              'linear grid with float32 scales, not rotated')
-        q = quantize(self.weight, replace(s, rounding='nearest'))
+        q = quantize(self.weight, replace(s, rounding='nearest')) if q is None else q
         self.master = s
         self.codes, self.scale = q.codes, q.scale
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand(self.weight.shape))
@@ -740,6 +744,12 @@ class Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if self.master is not None:
             missing.remove(prefix + 'weight')
+
+
+def linears(model):
+    """{name of its weight: Linear}, of those whose weight is theirs alone: not of a tied head."""
+    layers = {f'{name}.weight': m for name, m in model.named_modules() if isinstance(m, Linear)}
+    return {name: layers[name] for name, _ in model.named_parameters() if name in layers}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -968,8 +978,7 @@ class AdamW:
         self.compiled, self.update, self.factor = compiled, update, factor
         if compiled:
             self.update, self.factor = torch.compile(update), torch.compile(factor)
-        modules = model.named_modules()
-        layers = {f'{name}.weight': m for name, m in modules if isinstance(m, Linear)}
+        layers = linears(model)
         v = adam_v if adam_v == 'factored' else spec(adam_v)
         found = {}
         for name, p in model.named_parameters():       # a tied weight comes once, by one name
@@ -1112,6 +1121,103 @@ class AdamW:
 
 
 # ------------------------------------------------------------------------------------------------
+# post-training quantization
+
+def rtn_(model, how):
+    """Round to nearest: q = clip(round(w / s), Qn, Qp) for every block linear, which from then on
+    holds those codes and nothing else. The nearest point of the grid, whatever the data."""
+    for layer in linears(model).values():
+        layer.store_(how)
+
+
+def gptq(W, H, how, damping=0.01, act_order=False):
+    """Codes of W (out, in), a QTensor, that make (W - s Q) X small, not W - s Q:
+
+        q_i = clip(round(w_i / s), Qn, Qp),  e = (w_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
+
+    for columns i = 1 .. in: what rounding a column does to the output, those after it make up for.
+    H = 2 mean x x^T over the inputs x of the layer, (in, in) float32, and U is the upper Cholesky
+    factor of (H + damping mean(diag H) 1)^-1. The grid is that of rounding W to nearest: s is of W
+    as it comes. A channel without data (H_ii = 0) is rounded to nearest. Columns go in blocks of
+    128: what lies after a block is corrected by one matmul. (Frantar et al., GPTQ, arXiv
+    2210.17323, which sets weights of channels without data to 0.)
+
+    act_order  columns by descending H_ii instead of in order
+    Raises ValueError where H, damped, is not positive definite: more data, or more damping."""
+    s, n = replace(spec(how), rounding='nearest'), W.shape[1]
+    grid = quantize(W, s)
+    step = grid.scale.expand_as(_grouped(W, s)).reshape(W.shape)            # (out, in)
+    H, alive = H.clone(), H.diagonal() > 0
+    damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
+    H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
+    order = torch.arange(n, device=W.device)
+    if act_order:
+        order = H.diagonal().argsort(descending=True, stable=True)
+    W, H, step = W.float()[:, order], H[order][:, order], step[:, order]
+    L, bad = torch.linalg.cholesky_ex(H)
+    if bad or not L.isfinite().all():
+        raise ValueError(f'the Hessian is not positive definite with damping = {damping}: give '
+                         'more sequences, or more damping')
+    U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
+    codes = torch.empty_like(W)
+    for a in range(0, n, 128):
+        b = min(a + 128, n)
+        E = torch.empty_like(W[:, a:b])
+        for i in range(a, b):
+            codes[:, i] = _round(W[:, i] / step[:, i], s, 0, 0)
+            E[:, i - a] = (W[:, i] - step[:, i] * codes[:, i]) / U[i, i]
+            W[:, i:b] -= torch.outer(E[:, i - a], U[i, i:b])
+        W[:, b:] -= E @ U[a:b, b:]
+    return grid._replace(codes=pack(codes[:, order.argsort()], s))
+
+
+@torch.no_grad()
+def hessian(layer, run):
+    """H = 2 mean x x^T, (in, in) float32, over the tokens that go through a layer in run(), x as
+    it is multiplied: quantized, where the layer quantizes it."""
+    H = torch.zeros(layer.weight.shape[1], layer.weight.shape[1], device=layer.weight.device)
+    tokens = 0
+
+    def look(_, args):
+        nonlocal tokens
+        x = fake_quant(args[0].flatten(0, -2).float(), layer.how.activations)   # (N, in)
+        H.addmm_(x.T, x, alpha=2)
+        tokens += len(x)
+
+    hook = layer.register_forward_pre_hook(look)
+    run()
+    hook.remove()
+    return H / max(1, tokens)
+
+
+@torch.no_grad()
+def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
+    """GPTQ of all block linears, in the order in which they run, on the tokens of `batches`, a
+    list of (B, T): the inputs of each have gone through those before it, quantized. Afterwards
+    its codes are the weights, as after `rtn_`; `progress` is called on the list of blocks.
+
+    Raises ValueError if there are no batches, where a Hessian is not positive definite, and where
+    the weights are codes already or would be quantized a second time in the forward."""
+    if not batches:
+        raise ValueError('GPTQ needs data: give it sequences')
+    for name, layer in linears(model).items():
+        if layer.master is not None or layer.how.weights is not None:
+            raise ValueError(f'{name} is quantized already; GPTQ needs it in full precision')
+    mode = model.training
+    model.eval()
+    inputs = [model.embed(idx) for idx in batches]                  # of the block, [(x, angles)]
+    for block in progress(model.h):
+        for name, layer in linears(block).items():
+            H = hessian(layer, lambda: [block(x, angles, None) for x, angles in inputs])
+            try:
+                layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
+            except ValueError as e:
+                raise ValueError(f'{name}: {e}') from None
+        inputs = [(block(x, angles, None), angles) for x, angles in inputs]
+    model.train(mode)
+
+
+# ------------------------------------------------------------------------------------------------
 # accounting and health
 
 def _held(tensors):
@@ -1119,19 +1225,21 @@ def _held(tensors):
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
-def held(model, optimizer):
+def held(model, optimizer=None):
     """Bytes really held, read off the storages: {'weights', 'optimizer', 'gradients', 'linear'};
     'linear' is the same three for the weights of Linear layers alone, in bytes a weight."""
+    groups, layers = optimizer.groups if optimizer else [], linears(model).values()
+
     def of(groups):
         grads = [p.grad for group in groups for p in group.params if p.grad is not None]
         states = [t for group in groups for i in range(len(group.names)) for t in group.state(i)]
         return {'optimizer': _held(states), 'gradients': _held(grads)}
 
-    linear = [group for group in optimizer.groups if group.layers[0] is not None]
-    count = sum(group.rows * group.cols for group in linear)
-    weights = _held(t for group in linear for t in group.w[:2] if t is not None)
-    return {'weights': _held([*model.parameters(), *model.buffers()]), **of(optimizer.groups),
-            'linear': {k: n / count for k, n in {'weights': weights, **of(linear)}.items()}}
+    count = sum(layer.weight.numel() for layer in layers)
+    weights = _held(t for layer in layers for t in layer.stored()[:2] if t is not None)
+    linear = {'weights': weights, **of([g for g in groups if g.layers[0] is not None])}
+    return {'weights': _held([*model.parameters(), *model.buffers()]), **of(groups),
+            'linear': {k: n / count for k, n in linear.items()}}
 
 
 def shares(model):

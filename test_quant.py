@@ -31,8 +31,9 @@ from data.corpus import prepare
 from data.tokenizer import encoding, make_tokenizer, train_bpe
 from experiments import direct, ideas, pretraining, runs
 from model import GPT, rope
-from quant import (FLOATS, INTEGERS, AdamW, KVCache, Linear, Spec, dequantize, fake_quant, health,
-                   held, noise_key, pack, quantize, spec, uniform, unpack)
+from quant import (FLOATS, INTEGERS, AdamW, KVCache, Linear, Spec, dequantize, fake_quant, gptq,
+                   gptq_, health, held, hessian, linears, noise_key, pack, quantize, rtn_, spec,
+                   uniform, unpack)
 
 ROOT = Path(__file__).parent
 CONFIGS = sorted(ROOT.glob('config/*.py'))
@@ -826,6 +827,101 @@ def test_the_optimizer_state_survives_a_checkpoint(kwargs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# post-training quantization
+
+def correlated(n, tokens=512, seed=3):
+    """H = 2 mean x x^T of inputs whose channels depend on each other and differ in size."""
+    x = normal(tokens, n, seed=seed) @ normal(n, n, seed=seed + 1)
+    x = x * torch.logspace(-1, 1, n)
+    return 2 * x.T @ x / tokens
+
+
+def gptq_oracle(W, H, how, damping, act_order):
+    """One column after the other in float64, by inverting H anew for those that are left."""
+    s, n = spec(how), W.shape[1]
+    scale = quantize(W, how).scale.expand_as(quant._grouped(W, s)).reshape(W.shape)
+    scale, left, H = scale.double().numpy(), W.double().numpy().copy(), H.double().numpy().copy()
+    H += damping * np.diag(H).mean() * np.eye(n)
+    order, codes = np.arange(n), np.zeros(W.shape)
+    if act_order:
+        order = np.argsort(-np.diag(H), kind='stable')
+    for k, i in enumerate(order):
+        inverse = np.linalg.inv(H[np.ix_(order[k:], order[k:])])
+        codes[:, i] = np.clip(np.round(left[:, i] / scale[:, i]), *INTEGERS[s.grid])
+        error = (left[:, i] - scale[:, i] * codes[:, i]) / inverse[0, 0]
+        left[:, order[k:]] -= np.outer(error, inverse[0])
+    return codes
+
+
+@pytest.mark.parametrize('act_order', [False, True])
+@pytest.mark.parametrize('how', ['int4/row', 'int3/20', 'int2/row/absmean', 'ternary/row/absmean'])
+def test_gptq_is_its_definition_column_by_column(how, act_order):
+    W, H = normal(24, 140), correlated(140)                 # more than one block of columns
+    q = gptq(W, H, how, 0.01, act_order)
+    oracle = gptq_oracle(W, H, how, 0.01, act_order)
+    codes = unpack(q.codes, q.spec, 140).numpy()
+    assert (codes == oracle).mean() > 0.99 and (codes != oracle).any(1).sum() <= 1  # a tie turned
+    assert torch.equal(q.scale, quantize(W, how).scale)
+
+
+@pytest.mark.parametrize('how', ['int8/row', 'int4/row', 'int3/32', 'ternary/row', 'fp8/row'])
+def test_gptq_with_a_diagonal_hessian_is_rounding_to_nearest(how):
+    W, H = normal(16, 160), torch.diag(0.1 + normal(160, seed=1).abs())
+    for act_order in (False, True):
+        q, nearest = gptq(W, H, how, act_order=act_order), quantize(W, how)
+        assert torch.equal(q.codes, nearest.codes) and torch.equal(q.scale, nearest.scale)
+
+
+@pytest.mark.parametrize('how', ['int4/row', 'int3/row', 'int2/row', 'ternary/row/absmean'])
+def test_gptq_has_the_smaller_local_error_and_rtn_is_nearer(how):
+    W, H = normal(48, 160), correlated(160)
+    q, nearest = dequantize(gptq(W, H, how)), fake_quant(W, how)
+    local = [((W - Q) @ H * (W - Q)).sum() for Q in (q, nearest)]
+    assert local[0] < local[1] and (W - nearest).norm() < (W - q).norm()
+
+
+def test_channels_without_data_are_rounded_to_nearest():
+    W, H = normal(8, 40), correlated(40)
+    dead = torch.tensor([0, 7, 39])
+    H[dead] = 0
+    H[:, dead] = 0
+    q, nearest = gptq(W, H, 'int4/row'), quantize(W, 'int4/row')
+    a, b = (unpack(x.codes, x.spec, 40) for x in (q, nearest))
+    assert torch.equal(a[:, dead], b[:, dead]) and not torch.equal(a, b)
+    assert torch.equal(gptq(W, torch.zeros(40, 40), 'int4/row').codes, nearest.codes)
+    for bad in (correlated(40, tokens=8), torch.full((40, 40), math.nan), -torch.eye(40) + 1):
+        with pytest.raises(ValueError, match='more sequences, or more damping'):
+            gptq(W, bad, 'int4/row', damping=0)
+
+
+@pytest.mark.parametrize('flavour', ['gpt2', 'llama'])
+def test_gptq_goes_through_the_model_layer_by_layer(flavour):
+    make = dict(flavour=flavour, activations='int8/row', kv_cache='int8/row')
+    full, model, batches = gpt(**make), gpt(**make), list(tokens(4, 8, 32))
+    gptq_(model, 'int3/row', batches)
+    names, better = list(linears(full)), 0
+    for i, name in enumerate(names):        # the inputs come through the layers before, quantized
+        twin = gpt(**make)
+        for before in names[:i]:
+            q = linears(model)[before].stored()
+            linears(twin)[before].store_('int3/row', q)
+        layer, W = linears(twin)[name], linears(full)[name].weight
+        H = hessian(layer, lambda: [twin(idx) for idx in batches])
+        q, nearest = dequantize(linears(model)[name].stored()), fake_quant(W, 'int3/row')
+        assert torch.equal(q, dequantize(gptq(W, H, 'int3/row')))
+        local = [((W - Q) @ H * (W - Q)).sum() for Q in (q, nearest)]
+        better += local[0] <= local[1]
+    assert better >= 0.95 * len(names) and len(names) == 8
+    rtn_(full, 'int3/row')
+    assert all(x.master == spec('int3/row') for m in (full, model) for x in linears(m).values())
+    for bad, says in ((full, 'quantized already'), (gpt(weights='int4/row'), 'quantized already')):
+        with pytest.raises(ValueError, match=says):
+            gptq_(bad, 'int4/row', batches)
+    with pytest.raises(ValueError, match='needs data'):
+        gptq_(gpt(), 'int4/row', [])
+
+
+# ------------------------------------------------------------------------------------------------
 # the model
 
 def config(*args, **kwargs):
@@ -838,7 +934,7 @@ def gpt(*args, **kwargs):
     c = config(*args, **kwargs)
     torch.manual_seed(0)
     model = GPT(c, 64)
-    model.store_(c.master)
+    rtn_(model, c.master)
     return model
 
 
@@ -1094,7 +1190,8 @@ def equal(a, b):
     ('-x', 'flags look like'), ('nowhere.py', 'cannot read'),
     ('--code_lr=0.1', 'give master too'), ('--learning_rate=nan', 'must be a float'),
     ('--max_iters=__import__("os").getpid()', 'must be an int'),
-    ('--max_iters=9**9**9', 'must be an int')])
+    ('--max_iters=9**9**9', 'must be an int'), ('--ptq=gtpq', 'use rtn, gptq'),
+    ('--ptq=rtn', 'give that, and not'), ('--sequences=-1', 'must not be negative')])
 def test_a_bad_flag_is_one_clear_line(flag, says):
     assert says in error(flag, when=train.parse)
 
@@ -1126,7 +1223,8 @@ def test_later_files_and_flags_win(tmp_path):
 def test_configs_are_short_and_name_every_strategy():
     assert {path.stem for path in CONFIGS} >= SIZES | {
         'baseline', 'w8', 'w4', 'a8', 'a4', 'g8', 'w8a8', 'w8a8g8', 'adam8', 'adam4', 'kv4',
-        'bitnet', 'ternary', 'ternary_int8', 'direct8', 'direct4', 'dqt_paper', 'everything'}
+        'bitnet', 'ternary', 'ternary_int8', 'direct8', 'direct4', 'dqt_paper', 'everything',
+        'gptq', 'qaft'}
     for path in CONFIGS:
         lines = path.read_text(encoding='utf-8').splitlines()
         assert lines[0].startswith('# ') and sum(not x.startswith('#') for x in lines) <= 14
@@ -1144,7 +1242,7 @@ def test_every_strategy_fits_every_size():
             quantize(torch.zeros(1, c.n_embd // c.n_head), c.kv_cache)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [p for p in CONFIGS if p.stem != 'gptq'], ids=lambda p: p.stem)
 def test_every_config_trains_two_steps(path, small, tmp_path):
     train.main([str(path), *small, '--max_iters=2', '--compile=no', '--init_from=scratch'])
     first, *steps, _, last = log_of(tmp_path / 'run')
@@ -1388,6 +1486,78 @@ def test_a_vocabulary_that_does_not_fit(vocab, tmp_path):
     with pytest.raises(SystemExit, match='256'):
         prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], vocab)
     assert not (tmp_path / 'meta.json').exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: post-training quantization and fine-tuning
+
+@pytest.fixture
+def trained(small, tmp_path):
+    """(flags, log, path) of a small run in full precision."""
+    train.main([*small, '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2'])
+    path = (tmp_path / 'run').rename(tmp_path / 'full') / 'ckpt.pt'
+    return [*small, f'--init_from={path}'], log_of(path.parent), path
+
+
+@pytest.mark.parametrize('how', ['rtn', 'gptq'])
+@pytest.mark.parametrize('bits', [2, 3, 4, 6, 8])
+def test_a_packed_checkpoint_is_the_quantized_model(how, bits, trained, tmp_path, capsys):
+    small, full, _ = trained
+    flags = ['config/gptq.py', *small, f'--ptq={how}', f'--master=int{bits}/row', '--sequences=8']
+    train.main(flags)
+    *_, done = log_of(tmp_path / 'run')
+    count = 2 * (4 * 128 * 128 + 3 * 128 * 128)
+    assert done['bytes']['linear']['weights'] == pytest.approx((bits / 8 + 4 / 128), rel=1e-6)
+    size = (tmp_path / 'run' / 'ckpt.pt').stat().st_size
+    assert size < count * (bits / 8 + 4 / 128) + 4 * 256 * 128 + 12_000     # embedding, names
+    assert -0.1 < done['val_loss'] - full[-1]['val_loss'] < (0.01 if bits == 8 else 2)
+    capsys.readouterr()
+    resume = [*flags, '--init_from=resume']
+    train.main([*resume, '--eval_only=True'])
+    assert f"val loss {done['val_loss']:.4f}" in capsys.readouterr().out
+    run = train.Run(train.parse([*resume, '--eval_only=True']), 0, 1)
+    assert run.evaluate(2 ** 22)['val_loss'] == done['val_loss']            # bit for bit
+    assert 'nothing to go on with' in error(*resume)
+
+
+def test_fine_tuning_sees_its_sequences_once_an_epoch():
+    c = config(sequences=6, batch_size=4, grad_accum=2)
+    starts = [train.window_starts(c, step, 1000, 1).flatten() for step in range(6)]
+    epochs = torch.tensor(np.concatenate(starts)).view(8, 6)
+    few = torch.tensor(train.sequence_starts(c, 1000)).sort().values
+    assert len(few.unique()) == 6 and (few % 32 == 0).all() and few.max() + 32 < 1000
+    assert all(torch.equal(epoch.sort().values, few) for epoch in epochs)
+    assert any(not torch.equal(epoch, epochs[0]) for epoch in epochs)
+    assert not np.array_equal(train.sequence_starts(replace(c, seed=1), 1000), few)
+
+
+def test_a_fine_tuned_model_is_packed_without_loss(trained, tmp_path):
+    small, full, path = trained
+    tuned, packed = f'--out_dir={tmp_path / "tuned"}', f'--out_dir={tmp_path / "packed"}'
+    train.main(['config/qaft.py', *small, '--max_iters=20', tuned])
+    train.main(['config/gptq.py', *small, '--ptq=rtn', packed,
+                f'--init_from={tmp_path / "tuned" / "ckpt.pt"}'])
+    a, b = (log_of(tmp_path / name)[-1] for name in ('tuned', 'packed'))
+    assert a['val_loss'] == b['val_loss'] and b['bytes']['linear']['weights'] < 0.54
+
+
+def test_what_cannot_be_quantized_after_training(trained, small, tmp_path):
+    flags, _, path = trained
+    before = path.read_bytes()
+    gptq = ['config/gptq.py', *flags]
+    assert 'ptq needs weights' in error('config/gptq.py', *small)
+    assert 'give that, and not' in error(*gptq, '--weights=int4/row')
+    assert 'needs data to calibrate' in error(*gptq, '--sequences=0')
+    assert 'ask for fewer' in error(*gptq, '--sequences=1000000')
+    assert 'ask for fewer' in error('config/qaft.py', *flags, '--sequences=1000000')
+    assert 'more sequences, or more damping' in error(*gptq, '--sequences=1', '--damping=0')
+    assert 'blocks of 48 do not divide' in error(*gptq, '--master=int4/48')
+    assert not (tmp_path / 'run').exists() and path.read_bytes() == before
+    out = f'--out_dir={tmp_path / "ternary"}'
+    train.main(['config/ternary.py', *flags, out, '--max_iters=1'])
+    ternary = f'--init_from={tmp_path / "ternary" / "ckpt.pt"}'
+    assert 'use --master=ternary' in error(*gptq, ternary)
+    assert 'starts from full-precision' in error(*gptq, ternary, f'--master={TERNARY}')
 
 
 # ------------------------------------------------------------------------------------------------

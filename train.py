@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.tokenizer import encoding
 from model import GPT
-from quant import AdamW, KVCache, Recipe, health, held, noise_key, shares, spec
+from quant import AdamW, KVCache, Recipe, gptq_, health, held, noise_key, rtn_, shares, spec
 
 
 @dataclass
@@ -82,10 +82,16 @@ class Config:
     update_in_backward: bool = False  # update a weight when its gradient is there, and free that;
                                  # grad_clip then goes by the norm of each gradient
 
+    # instead of training
+    ptq: str = ''                # rtn or gptq: quantize trained weights, which become `master`
+    damping: float = 0.01        # of GPTQ's Hessian, times the mean of its diagonal
+    act_order: bool = False      # GPTQ goes by descending diagonal
+
     # the data
     dataset: str = 'python'      # folder in data/, or the path of one
     batch_size: int = 8          # sequences of block_size tokens, a process and a micro-step
     grad_accum: int = 1          # micro-steps a step
+    sequences: int = 0           # calibrate or train on so many windows alone; 0: all there are
 
     # the run
     out_dir: str = ''            # '': out/ and the names of the config files
@@ -215,7 +221,7 @@ def check(config):
             fail(f'{key} = {getattr(config, key)} must be greater than 0')
     for key in ('hidden', 'init_gain', 'warmup_iters', 'weight_decay', 'grad_clip', 'code_lr',
                 'scale_lr', 'embedding_lr', 'threshold', 'ramp', 'min_lr', 'sample_tokens',
-                'seed'):
+                'seed', 'damping', 'sequences'):
         if not getattr(config, key) >= 0:
             fail(f'{key} = {getattr(config, key)} must not be negative')
     for key in ('dropout', 'beta1', 'beta2'):
@@ -223,10 +229,10 @@ def check(config):
             fail(f'{key} = {getattr(config, key)} must lie in [0, 1)')
     if config.min_lr > 1:
         fail(f'min_lr = {config.min_lr} is a fraction of learning_rate: at most 1')
-    for key, good in (('compile', ('auto', 'yes', 'no')),
+    for key, good in (('ptq', ('', 'rtn', 'gptq')), ('compile', ('auto', 'yes', 'no')),
                       ('dtype', ('auto', 'float32', 'bfloat16'))):
         if getattr(config, key) not in good:
-            fail(f"{key} = '{getattr(config, key)}': use {', '.join(good)}")
+            fail(f"{key} = '{getattr(config, key)}': use {', '.join(filter(None, good))}")
     for key in ('weights', 'activations', 'gradients', 'kv_cache', 'master', 'adam_m', 'adam_v'):
         if (key, getattr(config, key)) != ('adam_v', 'factored'):
             try:
@@ -250,6 +256,12 @@ def check(config):
              f'multiple of {group}')
     if config.code_lr and (not config.master or spec(config.master).grid == 'bf16'):
         fail('code_lr moves the codes of a low-bit master: give master too, or set code_lr = 0')
+    if config.ptq:
+        if not config.master or config.weights:
+            fail(f"ptq = '{config.ptq}' quantizes weights once, to `master`: give that, and not "
+                 '`weights`')
+        if config.ptq == 'gptq' and not config.sequences:
+            fail("ptq = 'gptq' needs data to calibrate on: --sequences=128")
     if config.update_in_backward and config.grad_accum > 1:
         fail('update_in_backward uses each gradient at once: set grad_accum = 1')
     if config.sample_tokens:            # better now than at the end
@@ -327,10 +339,28 @@ def window_starts(config, step, n_tokens, world):
     """Where the windows of a step begin, for micro-steps and ranks: (grad_accum, world, batch).
 
     Drawn anew for every step from (seed, step): resuming needs no state, and neither evaluation
-    nor precision nor, at an equal product of the three, the number of processes matters."""
-    rng = np.random.default_rng((config.seed, step))
+    nor precision nor, at an equal product of the three, the number of processes matters. Of a few
+    `sequences`, every epoch has all, in an order of its own."""
     shape = config.grad_accum, world, config.batch_size
-    return rng.integers(n_tokens - config.block_size, size=math.prod(shape)).reshape(shape)
+    n = math.prod(shape)
+    if not config.sequences:
+        rng = np.random.default_rng((config.seed, step))
+        return rng.integers(n_tokens - config.block_size, size=n).reshape(shape)
+    few = sequence_starts(config, n_tokens)
+    epoch, first = divmod(step * n, len(few))
+    epochs = range(epoch, epoch + 1 + (first + n) // len(few))
+    order = [np.random.default_rng((config.seed, e)).permutation(few) for e in epochs]
+    return np.concatenate(order)[first:first + n].reshape(shape)
+
+
+def sequence_starts(config, n_tokens):
+    """Where `sequences` windows begin, which do not overlap: a function of the seed."""
+    windows = (n_tokens - 1) // config.block_size
+    if windows < config.sequences:
+        fail(f'sequences = {config.sequences}: train.bin has {windows} of {config.block_size} '
+             'tokens; ask for fewer, or lower block_size')
+    rng = np.random.default_rng(config.seed)
+    return rng.permutation(windows)[:config.sequences] * config.block_size
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,7 +385,8 @@ def load(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         Config(**checkpoint['config'])
         assert checkpoint['iter'] >= 0 and checkpoint['tokens'] > 0 and checkpoint['seconds'] >= 0
-        assert checkpoint['model'].keys() and checkpoint['optimizer']['state'].keys()
+        assert checkpoint['model'].keys()
+        assert checkpoint['optimizer'] is None or checkpoint['optimizer']['state'].keys()
         assert isinstance(checkpoint['sha256'], str) and isinstance(checkpoint['losses'], list)
         return checkpoint
     except Exception as e:              # a damaged or foreign file raises anything at all
@@ -363,21 +394,22 @@ def load(path):
 
 
 def load_weights(model, config, checkpoint, path):
-    """Put a checkpoint's weights into a fresh model, which leaves as config.master says."""
+    """Put a checkpoint's weights into a fresh model, stored as they are there."""
     for key in ('flavour', 'n_head', 'rope_theta'):         # what the shapes do not show
         if checkpoint['config'][key] != getattr(config, key):
             fail(f"{path} has {key} = {checkpoint['config'][key]}, not {getattr(config, key)}")
     master = checkpoint['config']['master']
     if master not in ('', config.master):
         fail(f"{path} stores its weights as '{master}' and has no others: use --master={master}")
-    model.store_(master)
+    if master and config.ptq and config.init_from != 'resume':
+        fail(f"{path} stores its weights as '{master}' already, and ptq = '{config.ptq}' starts "
+             'from full-precision ones: use another checkpoint')
+    rtn_(model, master)
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError as e:
         detail = ' '.join(str(e).split('\n')[1].split())
         fail(f'{path} is a model of another shape: {detail}')
-    if not master:
-        model.store_(config.master)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,7 +462,7 @@ def schedule(config, step):
 
 
 def build(config, checkpoint, vocab_size, device):
-    """The model, from scratch, a checkpoint or GPT-2, on its device, its weights as stored."""
+    """The model, from scratch, a checkpoint or GPT-2, on its device."""
     torch.manual_seed(config.seed)      # weights are drawn on the CPU: the same for every device
     if config.init_from in GPT2:
         try:
@@ -442,8 +474,6 @@ def build(config, checkpoint, vocab_size, device):
         model = GPT(config, vocab_size).to(device)
     if checkpoint:
         load_weights(model, config, checkpoint, config.init_from)
-    else:
-        model.store_(config.master)
     return model
 
 
@@ -465,6 +495,9 @@ def open_run(config):
     ckpt, log = run_files(config)
     if config.init_from == 'resume':
         checkpoint = load(ckpt)
+        if checkpoint['optimizer'] is None and not config.eval_only:
+            fail(f'{ckpt} is finished, there is nothing to go on with; evaluate it with '
+                 '--eval_only=True')
         if checkpoint['config'].keys() != asdict(config).keys():
             fail(f'{ckpt} was trained by another version of this program; start a new run from '
                  'its weights, --init_from=PATH')
@@ -480,8 +513,9 @@ def open_run(config):
         if os.path.exists(log):
             fail(f'{config.out_dir} holds the log of a run that saved no checkpoint: throw it '
                  'away with --overwrite=True, or choose another --out_dir')
-    if config.eval_only and config.init_from == 'scratch':
-        fail('eval_only needs weights: --init_from=resume or the path of a checkpoint')
+    if (config.eval_only or config.ptq) and config.init_from == 'scratch':
+        fail(f"{'eval_only' if config.eval_only else 'ptq'} needs weights: --init_from=PATH of a "
+             'checkpoint')
     return load(config.init_from) if config.init_from not in ('scratch', *GPT2) else None
 
 
@@ -527,6 +561,7 @@ class Run:
         checkpoint = open_run(config)
         self.device = pick_device(config, int(os.environ.get('LOCAL_RANK', 0)))
         self.train_data, self.val_data, self.meta = load_data(config, rank)
+        sequence_starts(config, len(self.train_data))       # fails now if they are too many
         resuming = config.init_from == 'resume'
         if resuming and checkpoint['sha256'] != self.meta['sha256']:
             fail(f"the checkpoint was trained on data of sha256 {checkpoint['sha256'][:12]}, but "
@@ -534,13 +569,17 @@ class Run:
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
         self.model = build(config, checkpoint, self.vocab_size, self.device)
         self.model.dtype = pick_dtype(config, self.device)
+        if not checkpoint or not checkpoint['config']['master']:
+            self.store()
         self.compiled = pick_compile(config, self.device)
         if self.compiled:
             self.model.compile()
-        self.optimizer = make_optimizer(config, self.model, self.device, self.compiled)
-        if config.update_in_backward:
-            for p in self.model.parameters():
-                p.register_post_accumulate_grad_hook(self.update)
+        self.optimizer = None
+        if not (config.eval_only or config.ptq):
+            self.optimizer = make_optimizer(config, self.model, self.device, self.compiled)
+            if config.update_in_backward:
+                for p in self.model.parameters():
+                    p.register_post_accumulate_grad_hook(self.update)
         self.step, self.seconds, self.losses = 0, 0.0, []    # losses since the last log line
         self.limit = config.grad_clip or math.inf
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
@@ -548,11 +587,24 @@ class Run:
             if checkpoint['tokens'] != self.tokens:
                 fail(f"the checkpoint was trained with {checkpoint['tokens']} tokens a step, not "
                      f'{self.tokens}: processes x grad_accum x batch_size must stay the same')
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            if self.optimizer:
+                self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.step, self.seconds = checkpoint['iter'], checkpoint['seconds']
             self.losses = checkpoint['losses']
         self.encoding = encoding(self.meta)         # now, not after hours of training
         self.start_log(resuming)
+
+    def store(self):
+        """The weights become what `master` says, by GPTQ or rounded to nearest."""
+        config = self.config
+        if config.ptq != 'gptq':
+            return rtn_(self.model, config.master)
+        T, B = config.block_size, config.batch_size
+        starts = sequence_starts(config, len(self.train_data))
+        batches = [to_batch(self.train_data, starts[i:i + B], T, self.vocab_size, self.device)[0]
+                   for i in range(0, len(starts), B)]
+        gptq_(self.model, config.master, batches, config.damping, config.act_order,
+              lambda blocks: tqdm(blocks, 'GPTQ', unit='block', disable=None))
 
     def start_log(self, resuming):
         """Open the log; with everything built and checked, an old run may go if it must."""
@@ -609,7 +661,8 @@ class Run:
             save(run_files(self.config)[0],
                  {'config': asdict(self.config), 'sha256': self.meta['sha256'], 'iter': self.step,
                   'tokens': self.tokens, 'seconds': self.seconds, 'losses': self.losses,
-                  'model': weights, 'optimizer': self.optimizer.state_dict()})
+                  'model': weights,
+                  'optimizer': self.optimizer.state_dict() if self.optimizer else None})
 
     def health(self):
         x, _ = to_batch(self.val_data, [0], self.config.block_size, self.vocab_size, self.device)
@@ -735,6 +788,11 @@ class Run:
         log.say(f'val loss {result["val_loss"]:.4f} nats/token, {result["val_bpb"]:.4f} bits/byte')
         if self.config.eval_only:
             return
+        if self.config.ptq:
+            path = run_files(self.config)[0]
+            log.say(f'{path}: {os.path.getsize(path) / 1e6:.1f} MB; bytes a weight of the blocks: '
+                    f'{size["linear"]["weights"]:.2f}')
+            return
         each, mega = size['linear'], {k: f'{size[k] / 1e6:.1f} MB' for k in size if k != 'linear'}
         log.say('held: ' + ', '.join(f'{k} {v}' for k, v in mega.items()))
         log.say('bytes a weight of the blocks: '
@@ -774,7 +832,9 @@ def main(argv):
             gpu = torch.cuda.is_available() and config.device in ('auto', 'cuda')
             dist.init_process_group('nccl' if gpu else 'gloo')
         run = Run(config, rank, world)
-        if not config.eval_only:
+        if config.ptq and not config.eval_only:
+            run.save()
+        elif not config.eval_only:
             with finishing_steps():
                 run.train()
         run.finish()

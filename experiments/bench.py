@@ -38,7 +38,7 @@ from torch.nn.utils import get_total_norm
 import quant
 from experiments.runs import RESULTS, ROOT, machine
 from model import GPT
-from quant import TUNED, AdamW, Linear, QTensor, held, quantize, spec
+from quant import TUNED, AdamW, Linear, QTensor, held, quantize, rtn_, spec
 from train import make_optimizer, parse, pick_compile, pick_dtype
 
 CUDA = torch.cuda.is_available()
@@ -175,7 +175,7 @@ def our_step(args, vocab=4096):
     torch.manual_seed(0)
     with torch.device(DEVICE):                          # drawing 1.5B numbers on a CPU takes long
         model = GPT(c, vocab)
-    model.store_(c.master)
+    rtn_(model, c.master)
     model.dtype = pick_dtype(c, DEVICE)
     compiled = pick_compile(c, DEVICE)
     if compiled:

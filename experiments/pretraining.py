@@ -20,7 +20,7 @@ import torch
 from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines, compare,
                               decide, load, losses, run_all, table)
 from model import GPT
-from quant import Linear, Recipe, dequantize, health, held, quantize, spec
+from quant import Linear, Recipe, dequantize, health, held, quantize, rtn_, spec
 from train import make_optimizer, parse, pick_dtype, to_batch
 
 # every row trains by the rates best for the baseline; experiments/direct.py has the tries
@@ -211,7 +211,7 @@ def memory(args, vocab_size, x, y):
     """Bytes of one step by category; activations: what autograd keeps for the backward."""
     config, kept = parse(args), {}
     model = GPT(config, vocab_size).to(x.device)
-    model.store_(config.master)
+    rtn_(model, config.master)
     model.dtype = pick_dtype(config, x.device)
     optimizer = make_optimizer(config, model, x.device, False)
 

@@ -1,0 +1,9 @@
+# quantization-aware fine-tuning (paper 3, 2410.14570) of a checkpoint, --init_from=PATH: ten epochs
+# of 128 sequences with 4-bit weights in the forward; config/gptq.py --ptq=rtn then packs the result
+weights = 'int4/row'
+sequences = 128
+max_iters = 160     # of 8 sequences
+learning_rate = 1e-4
+warmup_iters = 16
+weight_decay = 0.0
+beta2 = 0.999
