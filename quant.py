@@ -1172,22 +1172,21 @@ def gptq(W, H, how, damping=0.01, act_order=False):
 
 
 @torch.no_grad()
-def hessian(layer, run):
-    """H = 2 mean x x^T, (in, in) float32, over the tokens that go through a layer in run(), x as
-    it is multiplied: quantized, where the layer quantizes it."""
-    H = torch.zeros(layer.weight.shape[1], layer.weight.shape[1], device=layer.weight.device)
-    tokens = 0
+def hessians(layers, run):
+    """H = 2 mean x x^T, (in, in) float32, of each Linear, over the tokens that go through it in
+    run(), x as it is multiplied: quantized, where the layer quantizes it."""
+    found = {layer: [layer.weight.new_zeros(2 * layer.weight.shape[1:]), 0] for layer in layers}
 
-    def look(_, args):
-        nonlocal tokens
+    def look(layer, args):
         x = fake_quant(args[0].flatten(0, -2).float(), layer.how.activations)   # (N, in)
-        H.addmm_(x.T, x, alpha=2)
-        tokens += len(x)
+        found[layer][0].addmm_(x.T, x, alpha=2)
+        found[layer][1] += len(x)
 
-    hook = layer.register_forward_pre_hook(look)
+    hooks = [layer.register_forward_pre_hook(look) for layer in found]
     run()
-    hook.remove()
-    return H / max(1, tokens)
+    for hook in hooks:
+        hook.remove()
+    return [H / max(1, tokens) for H, tokens in found.values()]
 
 
 @torch.no_grad()
@@ -1208,7 +1207,7 @@ def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
     inputs = [model.embed(idx) for idx in batches]                  # of the block, [(x, angles)]
     for block in progress(model.h):
         for name, layer in linears(block).items():
-            H = hessian(layer, lambda: [block(x, angles, None) for x, angles in inputs])
+            H, = hessians([layer], lambda: [block(x, angles, None) for x, angles in inputs])
             try:
                 layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
             except ValueError as e:

@@ -32,7 +32,7 @@ from data.tokenizer import encoding, make_tokenizer, train_bpe
 from experiments import direct, ideas, pretraining, runs
 from model import GPT, rope
 from quant import (FLOATS, INTEGERS, AdamW, KVCache, Linear, Spec, dequantize, fake_quant, gptq,
-                   gptq_, health, held, hessian, linears, noise_key, pack, quantize, rtn_, spec,
+                   gptq_, health, held, hessians, linears, noise_key, pack, quantize, rtn_, spec,
                    uniform, unpack)
 
 ROOT = Path(__file__).parent
@@ -906,7 +906,7 @@ def test_gptq_goes_through_the_model_layer_by_layer(flavour):
             q = linears(model)[before].stored()
             linears(twin)[before].store_('int3/row', q)
         layer, W = linears(twin)[name], linears(full)[name].weight
-        H = hessian(layer, lambda: [twin(idx) for idx in batches])
+        H, = hessians([layer], lambda: [twin(idx) for idx in batches])
         q, nearest = dequantize(linears(model)[name].stored()), fake_quant(W, 'int3/row')
         assert torch.equal(q, dequantize(gptq(W, H, 'int3/row')))
         local = [((W - Q) @ H * (W - Q)).sum() for Q in (q, nearest)]

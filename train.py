@@ -401,7 +401,7 @@ def load_weights(model, config, checkpoint, path):
     master = checkpoint['config']['master']
     if master not in ('', config.master):
         fail(f"{path} stores its weights as '{master}' and has no others: use --master={master}")
-    if master and config.ptq and config.init_from != 'resume':
+    if master and config.ptq and not config.eval_only:
         fail(f"{path} stores its weights as '{master}' already, and ptq = '{config.ptq}' starts "
              'from full-precision ones: use another checkpoint')
     rtn_(model, master)

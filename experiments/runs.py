@@ -112,8 +112,9 @@ def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
     val_loss None; any other failure raises RuntimeError with its last words. Where a master has
     more levels than three, loss_as_ternary is that of the same model with ternary weights."""
-    resume = ['--init_from=resume'] if (job.folder / 'ckpt.pt').exists() else ['--overwrite=True']
-    failed = ''
+    config, failed = train.parse(plain(job.args)), ''
+    unfinished = (job.folder / 'ckpt.pt').exists() and not config.ptq
+    resume = ['--init_from=resume'] if unfinished else ['--overwrite=True']
     torch._dynamo.reset()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), trying(idea(job.args)):
         try:
@@ -131,8 +132,8 @@ def run_one(job):
              for e in log if 'train_loss' in e]
     kept = {'val_loss': None, 'failed': failed} if failed else \
         {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
-    config = train.parse(plain(job.args))
-    if not failed and config.master and 'ternary' not in config.master + config.weights:
+    coarse = 'ternary' in config.master + config.weights
+    if not failed and config.master and not config.ptq and not coarse:
         run = load(job, '--weights=ternary/row/absmean')
         kept['loss_as_ternary'] = run.evaluate(2 ** 22)['val_loss']
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': job.mark, **kept,
@@ -141,9 +142,9 @@ def run_one(job):
             'date': str(date.today())}
 
 
-def run_all(path, todo, jobs, keep=()):
+def run_all(path, todo, jobs, keep=(), run=run_one):
     """Train what is not yet in the file `path`, `jobs` at a time, and keep the checkpoints of the
-    names in `keep`; returns the results of `todo`."""
+    names in `keep`; returns the results of `todo`. `run` makes a result line of a job."""
     done = {r.get('mark') for r in read(path)}
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
@@ -152,7 +153,7 @@ def run_all(path, todo, jobs, keep=()):
     spawn = get_context('spawn')
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
         missing = {job.mark: job for job in todo if job.mark not in done}      # each once
-        pending = {pool.submit(run_one, job): job for job in missing.values()}
+        pending = {pool.submit(run, job): job for job in missing.values()}
         try:
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()
