@@ -29,7 +29,7 @@ import quant
 import train
 from data.corpus import prepare
 from data.tokenizer import encoding, make_tokenizer, train_bpe
-from experiments import direct, ideas, pretraining, runs
+from experiments import direct, ideas, pretraining, ptq, runs, scaling
 from model import GPT, rope
 from quant import (FLOATS, INTEGERS, AdamW, KVCache, Linear, Spec, dequantize, fake_quant, gptq,
                    gptq_, health, held, hessians, linears, noise_key, pack, quantize, rtn_, spec,
@@ -1579,6 +1579,14 @@ def test_every_row_of_an_experiment_is_a_run():
                 train.parse(runs.plain(runs.arguments(text)))
 
 
+    for size in scaling.SWEEPS:
+        jobs = [job for job, _ in scaling.jobs_of(size)]
+        assert len({job.mark for job in jobs}) == len(jobs)
+    for size in ptq.BASES:
+        jobs = ptq.jobs_of(size).values()
+        assert len({job.mark for job in jobs}) == len(jobs)
+
+
 @pytest.mark.parametrize('name', ideas.PATCHES)
 def test_an_idea_moves_ternary_codes_and_leaves_no_trace(name, small, tmp_path):
     before = [getattr(place, what) for place, what, _ in ideas.PATCHES[name]]
@@ -1636,6 +1644,70 @@ def test_an_experiment_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, 'run_one', seen.append)
     todo[1] = todo[1]._replace(name='renamed')
     assert runs.run_all(path, todo, 1) == [one, {**two, 'name': 'renamed'}, three] and not seen
+
+
+def test_the_scaling_laws_give_the_numbers_of_the_paper():
+    c = scaling.PUBLISHED
+    assert scaling.best_precision(c) == pytest.approx(7.0, abs=0.05)
+    assert [scaling.f(c, x, 4) for x in ('w', 'a', 'kv')] == pytest.approx(
+        [0.696, 0.331, 0.828], abs=1e-3) and scaling.f(c, 'a', 3) < 0
+    assert [scaling.delta(c, N, 26e9, bits) for N, bits in ((30e6, 3), (30e6, 4), (220e6, 3))] == \
+        pytest.approx([0.586, 0.108, 0.295], abs=1e-3)
+    assert [scaling.critical_data(c, 30e6, bits) / 30e6 for bits in (3, 4)] == pytest.approx(
+        [177, 959], abs=1)
+    D = scaling.critical_data(c, 30e6, 3)       # where more data begins to hurt
+    after = [float(scaling.trained(c, 30e6, x) + scaling.delta(c, 30e6, x, 3))
+             for x in (0.9 * D, D, 1.1 * D)]
+    assert after[1] == min(after)
+    full, low = (float(scaling.trained(c, 1e8, 1e10, w=np.array(bits))) for bits in (np.inf, 4.0))
+    assert scaling.equivalent(c, 1e8, low, full) == pytest.approx(scaling.f(c, 'w', 4))
+
+
+def made_up(c, noise, sizes=(25e3, 55e3, 98e3, 221e3)):
+    """Points of a sweep that obeys the laws but for noise."""
+    rng, points = np.random.default_rng(0), []
+    for N in sizes:
+        for D, w in [(2.0 ** i, None) for i in (19, 20, 21, 22)] + \
+                [(2.0 ** 20, bits) for bits in (2, 3, 4, 6)]:
+            kinds = {'w': w} if w else {}
+            full = float(scaling.trained(c, N, D)) + noise * rng.normal()
+            cost = scaling.trained(c, N, D, w=np.array(w or np.inf)) - scaling.trained(c, N, D)
+            loss = full + float(cost) + noise * rng.normal() * len(kinds)
+            p = {'run': str(len(points)), 'seed': 1, 'N': N, 'D': D, **kinds}
+            points.append({**p, 'loss': loss, 'full': full})
+            points += [{**p, 'post': bits, 'full': loss, 'loss': loss + float(scaling.delta(
+                c, N, D, bits, np.array(w or np.inf))) + noise / 4 * rng.normal()}
+                for bits in scaling.POST]
+    return points
+
+
+def test_the_fit_finds_the_constants_again():
+    pytest.importorskip('scipy')
+    true = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': 1.2, 'n_w': .2,
+            'C_T': .02, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
+    points = made_up(true, 0.002)
+    found = scaling.fit(points, 0.002)
+    fits = [scaling.merged(f) for f in scaling.bootstrap(points, 0.002, found, 30)]
+    for name, value in scaling.merged(found).items():
+        low, high = min(f[name] for f in fits), max(f[name] for f in fits)
+        assert low <= true[name] <= high and abs(value / true[name] - 1) < 0.5, name
+    assert found['kinds']['a'] is None                                      # no data on it
+    N, D = np.array(5e5), np.array(2.0 ** 21)                               # not fitted
+    for kinds in ({}, {'w': np.array(3.0)}):
+        guess = scaling.trained(scaling.merged(found), N, D, **kinds)
+        assert guess == pytest.approx(scaling.trained(true, N, D, **kinds), rel=0.01)
+    L, N, D, P = scaling.plan(true, compute=1e13)
+    assert 6 / 16 * N * D * P == pytest.approx(1e13)
+    assert all(L <= scaling.trained(true, N * x, D / x, w=np.array(P)) for x in (0.8, 1.25))
+
+
+def test_what_the_data_do_not_tell_is_unresolved():
+    pytest.importorskip('scipy')
+    flat = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': .05, 'n_w': 0,
+            'C_T': 1e-9, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
+    found = scaling.fit(made_up(flat, 0.002), 0.002)
+    assert found['base'] and found['kinds']['w'] is None and found['post'] is None
+    assert scaling.fit(made_up(flat, 0.002, sizes=(25e3, 55e3)), 0.002)['base'] is None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,663 @@
+"""
+Precision-aware scaling laws (paper 4, Kumar et al., 2411.04330): sweep, fit, predict, plot.
+
+    python -m experiments.scaling                       all four, under 70 minutes on two cores
+    python -m experiments.scaling fit plot              single steps, on what is there
+    python -m experiments.scaling plan --compute=1e15   the best N, D and bits by the fit
+    python -m experiments.scaling plan --memory=1e5 --tokens=1e7
+    python -m experiments.scaling --size=gpu            a larger sweep
+
+N is the number of weights of the block linears, D of tokens (bytes here) trained on, P of bits:
+
+    L(N, D, P) = A N_eff^-alpha + B D^-beta + E + delta
+    N_eff = N prod over x of f_x(P_x),  f_x(P) = 1 - exp(-P / gamma_x + n_x)
+    delta = C_T D^gamma_D N_eff^-gamma_N exp(-P_post / gamma_post) (1 - exp(-C_w (P_w - P_post)))
+
+x is what training quantizes: weights (w, a scale a row), activations (a: a scale a tensor, as in
+the paper; token: a scale a token) and keys and values (kv), in the forward, as in the paper. delta
+is what quantizing to P_post bits after training adds, 0 if training was in as few. Direct training
+of packed weights, which the paper has not, is reported as an equivalent N_eff.
+
+`sweep` trains and quantizes all sizes but the largest, `fit` fits them, `predict` writes what that
+says of the largest size and only then trains it. Writes experiments/results/scaling-<size>.jsonl
+(one line a run; finished ones are skipped), -fit.json, -predictions.json, .md and .png.
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+
+from experiments.runs import RESULTS, ROOT, Job, arguments, load, read, run_all, run_one
+
+DATA = 'out/python_bytes'                                       # the python corpus as bytes
+SWEEPS = {  # widths of two layers to fit; the one held out; D in 2^20; that of quantized runs
+    'cpu': {'widths': (32, 48, 64, 96), 'held': 144, 'at': 1.5, 'D': (0.75, 1.5, 3, 6),
+            'shape': 'block_size=128 batch_size=32'},
+    'gpu': {'widths': (96, 128, 192, 256), 'held': 512, 'at': 24, 'D': (12, 24, 48, 96),
+            'shape': 'block_size=256 batch_size=128'}}
+POST = 2, 3, 4, 5, 6, 8
+KINDS = {'w': 'weights=int{}/row', 'a': 'activations=int{}/tensor',
+         'token': 'activations=int{}/row', 'kv': 'kv_cache=int{}/row'}
+DIRECT = {'ternary': 'config/ternary.py', 'direct 4-bit': 'config/direct4.py',
+          'direct 8-bit': 'config/direct8.py'}
+
+
+# ------------------------------------------------------------------------------------------------
+# the laws
+
+PUBLISHED = {   # of paper 4: N in parameters, D in tokens
+    'A': 4299, 'alpha': 0.4965, 'B': 18060, 'beta': 0.4965, 'E': 2.7648,
+    'gamma_w': 2.6745, 'n_w': 0.3037, 'gamma_a': 2.2102, 'n_a': 1.4072,
+    'gamma_kv': 0.9578, 'n_kv': 2.4185,
+    'C_T': 0.0598, 'gamma_D': 0.5068, 'gamma_N': 0.3439, 'gamma_post': 0.5907, 'b': 1.1277}
+
+
+def f(c, x, bits):
+    """f_x(P) = 1 - exp(-P / gamma_x + n_x); below 0 the law has no loss: training diverges."""
+    return 1 - np.exp(-np.asarray(bits, float) / c[f'gamma_{x}'] + c[f'n_{x}'])
+
+
+def n_eff(c, N, **bits):
+    """N prod f_x(P_x), of the kinds that are given and fitted; inf bits are full precision."""
+    for x, P in bits.items():
+        if np.isfinite(P).any():
+            N = N * np.clip(f(c, x, P), 1e-6, None)
+    return N
+
+
+def trained(c, N, D, **bits):
+    """A N_eff^-alpha + B D^-beta + E, nats a token."""
+    return c['A'] * n_eff(c, N, **bits) ** -c['alpha'] + c['B'] * D ** -c['beta'] + c['E']
+
+
+def delta(c, N, D, post, w=np.inf):
+    """What quantizing to `post` bits after training adds; of weights that were trained in w bits,
+    the less, and nothing if w <= post."""
+    spared = 1 if np.isinf(w).all() else 1 - np.exp(-c['C_w'] * np.clip(w - post, 0, None))
+    n = n_eff(c, N, w=w)
+    return c['C_T'] * D ** c['gamma_D'] * n ** -c['gamma_N'] * \
+        np.exp(-post / c['gamma_post'] + c.get('b', 0.0)) * spared
+
+
+def critical_data(c, N, post):
+    """D beyond which more data makes the model of N weights, quantized to `post` bits, worse."""
+    top = c['beta'] * c['B'] * N ** c['gamma_N'] * math.exp(post / c['gamma_post'] - c.get('b', 0))
+    return (top / (c['gamma_D'] * c['C_T'])) ** (1 / (c['gamma_D'] + c['beta']))
+
+
+def best_precision(c, kinds=('w', 'a', 'kv')):
+    """P* = argmax of prod f_x(P) / P: bits that are best where compute is N D P."""
+    P = np.linspace(1, 16, 3001)
+    return P[np.argmax(np.prod([np.clip(f(c, x, P), 0, None) for x in kinds], 0) / P)]
+
+
+def equivalent(c, N, loss, full):
+    """f of a run: the share of N weights that reach this loss in full precision, whose loss is
+    `full`: [(L - L16) / A + N^-alpha]^(-1 / alpha) / N."""
+    return max((loss - full) / c['A'] + N ** -c['alpha'], 1e-12) ** (-1 / c['alpha']) / N
+
+
+# ------------------------------------------------------------------------------------------------
+# fits
+
+POSITIVE = ('A', 'alpha', 'B', 'beta', 'E', 'C_T', 'gamma_D', 'gamma_N', 'gamma_post', 'C_w',
+            *(f'gamma_{x}' for x in KINDS))         # fitted as logarithms
+
+
+def least(residuals, names, starts):
+    """{name: value} with the least Huber loss of residuals({name: value}) over all starts."""
+    from scipy.optimize import least_squares
+    into = lambda c: [math.log(c[k]) if k in POSITIVE else c[k] for k in names]
+    out = lambda t: {k: math.exp(min(v, 60.0)) if k in POSITIVE else v for k, v in zip(names, t)}
+    fits = [least_squares(lambda t: residuals(out(t)), into(start), loss='huber', f_scale=1e-2)
+            for start in starts]
+    return out(min(fits, key=lambda found: found.cost).x)
+
+
+def grid(**values):
+    """All combinations, as dicts."""
+    found = [{}]
+    for name, options in values.items():
+        found = [{**start, name: v} for start in found for v in options]
+    return found
+
+
+def columns(points):
+    """{field: array} of points; bits that are not there are inf."""
+    fields = ('N', 'D', 'post', 'loss', 'full', *KINDS)
+    return {k: np.array([p.get(k, np.inf) for p in points], float) for k in fields}
+
+
+def plain(points):
+    return [p for p in points if not any(x in p for x in (*KINDS, 'post', 'direct', 'constant'))]
+
+
+def fit_base(points, start=None):
+    """A, alpha, B, beta, E of full-precision points, or None: three sizes and three D it takes."""
+    p = columns(plain(points))
+    if len(set(p['N'])) < 3 or len(set(p['D'])) < 3:
+        return None
+    names = 'A', 'alpha', 'B', 'beta', 'E'
+    starts = [start] if start else grid(A=(3.0, 100.0), alpha=(0.2, 0.5), B=(10.0, 1e3),
+                                        beta=(0.3, 0.6), E=(0.3, 1.0))
+    return least(lambda c: np.log(trained(c, p['N'], p['D']) / p['loss']), names, starts)
+
+
+def fit_kind(points, base, x, noise, start=None):
+    """gamma_x and n_x, or None where two bit widths are missing or none costs two noises."""
+    mine = [p for p in points if x in p and 'post' not in p]
+    p = columns(mine)
+    if len({q[x] for q in mine}) < 2 or max(p['loss'] - p['full']) < 2 * noise:
+        return None
+    names = f'gamma_{x}', f'n_{x}'
+    starts = [start] if start else grid(**{names[0]: (0.5, 1.0, 2.0, 3.0),
+                                           names[1]: (-1.0, 0.0, 0.5, 1.0)})
+    # the excess over the same run in full precision: its own noise is in both
+    return least(lambda c: np.log((p['full'] + trained({**base, **c}, p['N'], p['D'], **{x: p[x]})
+                                   - trained(base, p['N'], p['D'])) / p['loss']), names, starts)
+
+
+def fit_post(points, noise, start=None):
+    """C_T, gamma_D, gamma_N and gamma_post of full-precision models quantized afterwards."""
+    mine = [p for p in points if 'post' in p and 'w' not in p]
+    p = columns(mine)
+    if len(set(p['N'])) < 3 or len(set(p['D'])) < 3 or max(p['loss'] - p['full']) < 2 * noise:
+        return None
+    names = 'C_T', 'gamma_D', 'gamma_N', 'gamma_post'
+    starts = [start] if start else grid(C_T=(0.01, 1.0), gamma_D=(0.2, 0.5), gamma_N=(0.2, 0.5),
+                                        gamma_post=(0.3, 0.6, 1.0))
+    return least(lambda c: np.log((p['full'] + delta(c, p['N'], p['D'], p['post'])) / p['loss']),
+                 names, starts)
+
+
+def fit_unified(points, c, start=None):
+    """All constants at once, on all points, from the ones found one after the other."""
+    mine = [q for q in points if 'direct' not in q and 'constant' not in q]
+    p, kinds = columns(mine), [x for x in KINDS if f'gamma_{x}' in c]
+    mine = np.all([np.isinf(p[x]) for x in KINDS if x not in kinds] + [p['N'] > 0], axis=0)
+    p = {k: v[mine] for k, v in p.items()}
+
+    def residuals(c):
+        L = trained(c, p['N'], p['D'], **{x: p[x] for x in kinds})
+        after = np.isfinite(p['post'])
+        L[after] += delta(c, *(p[k][after] for k in ('N', 'D', 'post', 'w')))
+        return np.log(L / p['loss'])
+
+    start = start or {**c, 'C_w': 0.5}
+    return least(residuals, list(start), [start])
+
+
+def fit(points, noise, start=None):
+    """{'base', 'kinds', 'post', 'unified'}: constants, None where data does not resolve them."""
+    start = start or {}
+    base = fit_base(points, start.get('base'))
+    if base is None:
+        return {'base': None, 'kinds': {}, 'post': None, 'unified': None}
+    kinds = {x: fit_kind(points, base, x, noise, start.get('kinds', {}).get(x)) for x in KINDS}
+    post = fit_post(points, noise, start.get('post'))
+    found = {'base': base, 'kinds': kinds, 'post': post, 'unified': None}
+    if kinds['w'] and post:
+        found['unified'] = fit_unified(points, merged(found), start.get('unified'))
+    return found
+
+
+def merged(found):
+    """The constants of base, kinds and post in one dict."""
+    return {**found['base'], **{k: v for c in found['kinds'].values() if c for k, v in c.items()},
+            **(found['post'] or {})}
+
+
+def bootstrap(points, noise, best, draws=100, seed=0):
+    """Fits of so many resamples of the runs, each with what was made of it after training."""
+    rng, runs = np.random.default_rng(seed), {}
+    for p in points:
+        runs.setdefault(p['run'], []).append(p)
+    names, fits = list(runs), []
+    while len(fits) < draws:
+        drawn = [p for i in rng.integers(len(names), size=len(names)) for p in runs[names[i]]]
+        found = fit(drawn, noise, best)
+        if found['base'] and all(found['kinds'][x] or not c for x, c in best['kinds'].items()) \
+                and (found['post'] or not best['post']):
+            fits.append(found)
+    return fits
+
+
+def interval(values):
+    return [float(v) for v in np.quantile(values, (0.05, 0.95))]
+
+
+# ------------------------------------------------------------------------------------------------
+# the sweep
+
+RATES = 'learning_rate=6e-3 beta2=.99'
+
+
+def rows(size):
+    """{name: (point without its loss, keys for train.py)}; the held-out width is marked."""
+    sweep, found = SWEEPS[size], {}
+
+    def add(name, d, D, text='', **point):
+        D = int(D * 2 ** 20)
+        hidden = 8 * round(d / 3)                               # N = 12 d^2 a layer, nearly
+        batch = math.prod(int(word.split('=')[1]) for word in sweep['shape'].split())
+        steps = D // batch
+        shape = f'n_layer=2 n_embd={d} n_head={d // 16} hidden={hidden} {sweep["shape"]} ' \
+            f'max_iters={steps} warmup_iters={steps // 10} dataset={DATA} {RATES} {text}'
+        N = 2 * (4 * d * d + 3 * d * hidden)
+        point = {'N': N, 'D': D, 'held': d == sweep['held'], **point}
+        found[f'd={d} D={D >> 10}k {name}'.strip()] = point, shape
+
+    *_, third, last = widths = sweep['widths']
+    for d in (*widths, sweep['held']):
+        for D in sweep['D']:
+            add('', d, D)
+        for bits in (2, 3, 4, 6):
+            add(f'w{bits}', d, sweep['at'], KINDS['w'].format(bits), w=bits)
+        for name, config in DIRECT.items():
+            add(name, d, sweep['at'], f'{config} {RATES.split()[0]}', direct=name)
+        if d in (widths[1], last, sweep['held']):
+            for x, low in (('a', 3), ('token', 3), ('kv', 2)):
+                for bits in (low, low + 1, low + 3):
+                    add(f'{x}{bits}', d, sweep['at'], KINDS[x].format(bits), **{x: bits})
+    for D in sweep['D']:
+        add('constant rate', third, D, 'min_lr=1', constant=True)
+    return found
+
+
+def jobs_of(size):
+    """[(Job, point)]: a seed of every row, three of the two that tell the noise."""
+    third, at = SWEEPS[size]['widths'][2], SWEEPS[size]['at']
+    twice = [f'd={third} D={int(1024 * at)}k{more}' for more in ('', ' w3')]
+    return [(Job(name, arguments(f'{text} eval_interval=100000'), seed), point)
+            for name, (point, text) in rows(size).items()
+            for seed in ((1, 2, 3) if name in twice else (1,))]
+
+
+def measure(job):
+    """run_one; the loss on 2^17 tokens, and of models with a float master the same after rounding
+    to nearest and GPTQ to each of POST bits."""
+    result = run_one(job)
+    if result['val_loss'] is None:
+        return result
+    loss = lambda *more: load(job, *more).evaluate(2 ** 17)['val_loss']
+    result['loss'] = loss()
+    if not any(word in ' '.join(job.args) for word in ('activations', 'kv_cache', 'config/')):
+        for how in ('rtn', 'gptq'):
+            result[how] = {bits: loss('--weights=', f'--ptq={how}', f'--master=int{bits}/row',
+                                      '--sequences=64') for bits in POST}
+    return result
+
+
+def points_of(results, size, how='gptq'):
+    """Results as points {'run', 'N', 'D', 'loss', 'full', kinds and 'post' in bits}; 'full' is the
+    loss of the same run in full precision, and of what is quantized afterwards, before that."""
+    known, points = rows(size), []
+    for r in results:
+        if r['val_loss'] is not None:
+            points.append({**known[r['name']][0], 'run': f"{r['name']} {r['seed']}",
+                           'seed': r['seed'], 'loss': r['loss'], 'after': r.get(how, {})})
+    full = {}
+    for p in plain(points):
+        full.setdefault((p['N'], p['D']), {})[p['seed']] = p['loss']
+    made = []
+    for p in points:
+        same = full[p['N'], p['D']]
+        p['full'] = same.get(p['seed'], statistics.mean(same.values()))
+        after = p.pop('after')
+        made += [{**p, 'post': int(bits), 'loss': loss, 'full': p['loss']}
+                 for bits, loss in after.items()]
+    return points + made
+
+
+def noise_of(points):
+    """Standard deviation of the loss over seeds, nats a token."""
+    groups = {}
+    for p in points:
+        if 'post' not in p and not p.get('constant'):
+            groups.setdefault((p['N'], p['D'], p.get('w'), *(p.get(x) for x in KINDS),
+                               p.get('direct')), []).append(p['loss'])
+    spreads = [statistics.variance(losses) for losses in groups.values() if len(losses) > 1]
+    return math.sqrt(statistics.mean(spreads))
+
+
+# ------------------------------------------------------------------------------------------------
+# the held-out size
+
+def foretell(c, points):
+    """{run or run at so many bits: loss} by the constants c, of points whose loss is not used."""
+    found = {}
+    for p in points:
+        if 'direct' in p or 'constant' in p:
+            continue
+        kinds = {x: p[x] for x in KINDS if x in p}
+        if not all(f'gamma_{x}' in c for x in kinds):
+            continue
+        L = trained(c, p['N'], p['D'], **kinds)
+        if 'post' in p:
+            L = L + delta(c, p['N'], p['D'], p['post'], p.get('w', np.inf))
+        found[key(p)] = float(L)
+    return found
+
+
+def key(p):
+    return p['run'] + (f" then {p['post']} bits" if 'post' in p else '')
+
+
+def score(told, points, before, noise):
+    """[(what, value, bar, 'PASS', 'FAIL' or 'UNRESOLVED')] of predictions of the held-out points;
+    `before` are those of the next smaller size."""
+    measured = {key(p): p for p in points if key(p) in told}
+    raw = [abs(told[k] / p['loss'] - 1) for k, p in measured.items() if 'post' not in p]
+    lines = [('mean error of the loss, training', 100 * statistics.mean(raw), 2.0)]
+    kinds = [p for p in measured.values() if any(x in p for x in KINDS) and 'post' not in p]
+    after = [p for p in measured.values() if 'post' in p and 'w' not in p]
+    smaller = {}
+    for q in before:
+        smaller[q['D'], *(q.get(x) for x in (*KINDS, 'post'))] = q['loss'] - q['full']
+    for text, some, bar in (('excess of training in low precision', kinds, 35.0),
+                            ('excess of quantizing after training', after, 25.0)):
+        some = [p for p in some if p['loss'] - p['full'] > 2 * noise]
+        if not some:
+            lines.append((f'median error of the {text}', math.nan, bar))
+            continue
+        wrong, copied = [], []
+        for p in some:
+            excess = p['loss'] - p['full']
+            k = key(p)
+            own = k.split(' then ')[0] if 'post' in p else \
+                next(key(q) for q in plain(points) if q['D'] == p['D'])
+            wrong.append(abs((told[k] - told[own]) / excess - 1))
+            copy = smaller.get((p['D'], *(p.get(x) for x in (*KINDS, 'post'))), math.nan)
+            copied.append(abs(copy / excess - 1))
+        median = 100 * statistics.median(wrong)
+        lines.append((f'median error of the {text}, {len(some)} points', median, bar))
+        lines.append(('the same less that of no law for precision (100 %)', median - 100, 0.0))
+        lines.append(('the same less that of copying the next smaller size',
+                      median - 100 * statistics.median(copied), 0.0))
+    return [(text, value, bar, 'UNRESOLVED' if math.isnan(value) else
+             'PASS' if value <= bar else 'FAIL') for text, value, bar in lines]
+
+
+def claims(points, noise):
+    """[(claim, verdict, numbers)] of the paper's qualitative findings; gaps in nats a token."""
+    after = [p for p in points if 'post' in p and 'w' not in p and 'constant' not in p]
+    found, sizes = [], sorted({p['N'] for p in after})
+    low, high = min(p['D'] for p in after), max(p['D'] for p in after)
+    extra = {(p['N'], p['D'], p['post']): p['loss'] - p['full'] for p in after if p['seed'] == 1}
+    excess = {(x, p[x], p['N']): p['loss'] - p['full'] for p in points for x in KINDS
+              if x in p and 'post' not in p and p['seed'] == 1}
+
+    def say(text, gaps, floor=noise):
+        mean = statistics.mean(gaps)
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else floor
+        said = 'UNRESOLVED' if abs(mean) < 2 * error else 'PASS' if mean > 0 else 'FAIL'
+        found.append((text, said, f'{mean:+.4f} ± {error:.4f} nats, wanted > 0'))
+
+    for bits in (2, 3):
+        say(f'quantizing to {bits} bits afterwards costs more the more data was trained on',
+            [extra[N, high, bits] - extra[N, low, bits] for N in sizes], 0.0)
+        say(f'and less the larger the model, {bits} bits',
+            [extra[sizes[0], D, bits] - extra[sizes[-1], D, bits]
+             for D in sorted({p['D'] for p in after})], 0.0)
+    for fewer, more in ((2, 3), (3, 4), (4, 6)):
+        say(f'training with {fewer}-bit weights costs more than with {more}',
+            [excess['w', fewer, N] - excess['w', more, N] for N in sizes])
+    worst = max(abs(extra[N, D, 8]) for N, D, bits in extra if bits == 8)
+    found.append(('8 bits after training are within the noise of seeds', 'PASS'
+                  if worst <= noise else 'FAIL', f'{worst:.4f} nats at most, noise {noise:.4f}'))
+    for bits in (3, 4):
+        say(f'{bits}-bit activations, a scale a tensor, cost more than {bits}-bit weights',
+            [excess['a', bits, N] - excess['w', bits, N] for N in sizes
+             if ('a', bits, N) in excess])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# what to train
+
+def plan(c, compute=None, memory=None, tokens=None):
+    """(loss, N, D, P) with the least loss by the constants c, weights in P bits and all else full:
+    compute = (6 / 16) N D P at most, in operations of 16 bits, and N P / 8 <= memory in bytes."""
+    best = None
+    for P in range(2, 17):
+        most = 8 * memory / P if memory else 1e12
+        for N in np.geomspace(1e4, 1e12, 1601):
+            if N > most * 1.01:
+                break
+            D = min(compute * 16 / (6 * N * P) if compute else math.inf, tokens or math.inf)
+            L = float(trained(c, N, D, w=np.array(P)))
+            if best is None or L < best[0]:
+                best = L, float(N), float(D), P
+    return best
+
+
+def say_plan(found, fits, options):
+    """The plan by the best fit and its spread over the bootstrap, as lines."""
+    ask = options.compute, options.memory, options.tokens
+    best = plan(found['constants'], *ask)
+    others = [plan(c, *ask) for c in fits]
+    lines = []
+    for i, (name, form) in enumerate((('loss, nats', '{:.3f}'), ('N, weights', '{:.3g}'),
+                                      ('D, tokens', '{:.3g}'), ('bits a weight', '{:.0f}'))):
+        low, high = interval([o[i] for o in others])
+        lines.append(f'{name:14} ' + form.format(best[i]) + ', 90 % of the bootstrap '
+                     + form.format(low) + ' to ' + form.format(high))
+    largest = found['largest']
+    if best[1] > largest['N'] or best[2] > largest['D']:
+        lines.append(f"beyond the sweep, which ends at N = {largest['N']:.3g} and D = "
+                     f"{largest['D']:.3g}: an extrapolation")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------
+# steps
+
+def paths(size):
+    stem = RESULTS / f'scaling-{size}'
+    return [stem.with_name(stem.name + end) for end in
+            ('.jsonl', '-fit.json', '-predictions.json', '.md', '.png')]
+
+
+def points_at(size, held):
+    path = paths(size)[0]
+    known = {job.mark: job for job, point in jobs_of(size) if point['held'] == held}
+    results = [r for r in read(path) if r['mark'] in known]
+    return points_of(results, size), results
+
+
+def train_all(options, held):
+    if not os.path.exists(f'{DATA}/meta.json'):
+        subprocess.run([sys.executable, 'data/python/prepare.py', '--vocab=256', f'--out={DATA}'],
+                       check=True)
+    jobs = [job for job, point in jobs_of(options.size) if point['held'] == held]
+    run_all(paths(options.size)[0], jobs, options.jobs, run=measure)
+
+
+def sweep(options):
+    train_all(options, held=False)
+
+
+def fit_step(options):
+    """Fit the sizes that are not held out, and write constants with their bootstrap."""
+    points, _ = points_at(options.size, held=False)
+    noise = noise_of(points)
+    best = fit(points, noise)
+    if best['base'] is None:
+        raise SystemExit('unresolved: a fit takes three sizes and three D; run the sweep first')
+    fits = bootstrap(points, noise, best)
+    c, fits = merged(best), [merged(found) for found in fits]
+    names = [k for k in c if not k.startswith('n_')] + [k for k in c if k.startswith('n_')]
+    unified = best['unified'] or {}
+    found = {'constants': c, 'unified': unified, 'noise': noise,
+             'interval': {k: interval([f[k] for f in fits]) for k in names},
+             'unresolved': [x for x, k in best['kinds'].items() if not k]
+             + ([] if best['post'] else ['post']),
+             'largest': {k: max(p[k] for p in points) for k in ('N', 'D')}, 'bootstrap': fits}
+    if all(f'gamma_{x}' in c for x in ('w', 'a', 'kv')):
+        found['best_precision'] = [best_precision(c), interval([best_precision(f) for f in fits])]
+    paths(options.size)[1].write_text(json.dumps(found), encoding='utf-8')
+
+
+def read_fit(options):
+    path = paths(options.size)[1]
+    if not path.exists():
+        raise SystemExit(f'{path.name} is not there: run the steps sweep and fit first')
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def predict(options):
+    """Write what the fit says of the held-out size, and only then train it."""
+    path, c = paths(options.size)[2], read_fit(options)['constants']
+    if not path.exists():
+        empty = [{'name': job.name, 'seed': 1, 'val_loss': 0.0, 'loss': 0.0,
+                  'gptq': {} if any(x in point for x in (*KINDS, 'direct')) and 'w' not in point
+                  else dict.fromkeys(POST, 0.0)}
+                 for job, point in jobs_of(options.size) if point['held']]
+        path.write_text(json.dumps(foretell(c, points_of(empty, options.size)), indent=1),
+                        encoding='utf-8')
+    train_all(options, held=True)
+
+
+def plot(options):
+    """The table and the figures, of what is there."""
+    found, told = read_fit(options), json.loads(paths(options.size)[2].read_text(encoding='utf-8'))
+    c, noise = found['constants'], found['noise']
+    points, _ = points_at(options.size, held=False)
+    held, _ = points_at(options.size, held=True)
+    largest = max(p['N'] for p in points)
+    lines = ['| | | |', '|---|---|---|']
+    lines += [f'| {text} | **{said}** | {numbers} |' for text, said, numbers in
+              claims(points + held, noise)]
+    before = [p for p in points if p['N'] == largest and 'constant' not in p]
+    lines += ['', '| held-out size | | bar | |', '|---|---|---|---|']
+    lines += [f'| {text} | {value:.1f} % | {bar:g} % | **{said}** |'
+              for text, value, bar, said in score(told, held, before, noise)]
+    lines += ['', '| constant | value | 90 % of the bootstrap | all at once | paper 4 |',
+              '|---|---|---|---|---|']
+    for name, value in c.items():
+        low, high = found['interval'][name]
+        one = [f'{v:.4g}' if v is not None else '' for v in (found['unified'].get(name),
+                                                             PUBLISHED.get(name))]
+        lines.append(f'| {name} | {value:.4g} | {low:.4g} to {high:.4g} | {one[0]} | {one[1]} |')
+    lines += [f'| {x} | unresolved | | | |' for x in found['unresolved']]
+    if 'best_precision' in found:
+        P, (low, high) = found['best_precision']
+        lines.append(f'| P* of w, a and kv, bits | {P:.1f} | {low:.1f} to {high:.1f} | | '
+                     f'{best_precision(PUBLISHED):.1f} |')
+    lines += ['', '| direct training | share of the weights: N_eff / N |', '|---|---|']
+    for name in DIRECT:
+        shares = [equivalent(c, p['N'], p['loss'], p['full']) for p in points + held
+                  if p.get('direct') == name]
+        if shares:
+            lines.append(f'| {name} | ' + ', '.join(f'{s:.2f}' for s in shares) + ' |')
+    lines.append(f'\nNoise of a seed: {noise:.4f} nats.')
+    paths(options.size)[3].write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines))
+    draw(c, found['bootstrap'], points, held, told, paths(options.size)[4])
+
+
+def draw(c, fits, points, held, told, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    fig, axes = pyplot.subplots(2, 3, figsize=(16, 9), layout='constrained')
+    (a, b, d), (e, g, h) = axes
+    sizes = sorted({p['N'] for p in points + held})
+    color = {N: f'C{i}' for i, N in enumerate(sizes)}
+    everything = [p for p in points + held if p['seed'] == 1]
+    for N in sizes:
+        mine = sorted((p['D'], p['loss']) for p in plain(everything) if p['N'] == N)
+        a.plot(*zip(*mine), 'o', color=color[N], label=f'N = {N / 1e3:.0f}k'
+               + (', held out' if N == sizes[-1] else ''))
+        D = np.geomspace(mine[0][0], mine[-1][0])
+        a.plot(D, trained(c, N, D), color=color[N], lw=1)
+        for post, style in ((3, '--'), (2, ':')):
+            after = sorted((p['D'], p['loss']) for p in everything if p['N'] == N
+                           and p.get('post') == post and not any(x in p for x in KINDS)
+                           and 'constant' not in p)
+            a.plot(*zip(*after), style, color=color[N], lw=1, marker='.')
+    a.set(xscale='log', xlabel='D, bytes trained on', ylabel='loss, nats/byte',
+          title='Loss; dashed: quantized to 3 bits afterwards, dotted: 2', ylim=(None, min(
+              3.5, max(p['loss'] for p in plain(everything)) + 0.5)))
+    a.legend(fontsize=8)
+    for i, (x, name) in enumerate((('w', 'weights'), ('a', 'activations, a scale a tensor'),
+                                   ('token', 'activations, a scale a token'), ('kv', 'k and v'))):
+        mine = [p for p in everything if x in p and 'post' not in p]
+        b.plot([p[x] for p in mine], [max(p['loss'] - p['full'], 1e-4) for p in mine], 'os^v'[i],
+               color=f'C{i}', ms=4, label=name)
+        if f'gamma_{x}' in c:
+            P = np.linspace(min(p[x] for p in mine), 8)
+            N, D = sizes[-2], mine[0]['D']
+            b.plot(P, trained(c, N, D, **{x: P}) - trained(c, N, D), color=f'C{i}', lw=1)
+    b.set(yscale='log', ylim=(1e-4, None), xlabel='bits', ylabel='excess loss, nats/byte',
+          title='What training in low precision costs')
+    b.legend(fontsize=8)
+    for N in sizes:
+        for post, style in ((2, ':'), (3, '--'), (4, '-')):
+            mine = sorted((p['D'] / N, p['loss'] - p['full']) for p in everything if p['N'] == N
+                          and p.get('post') == post and not any(x in p for x in KINDS)
+                          and 'constant' not in p)
+            d.plot(*zip(*mine), 'o', color=color[N], ms=4)
+            if 'C_T' in c:
+                D = np.array([m[0] * N for m in mine])
+                d.plot(D / N, delta(c, N, D, post), style, color=color[N], lw=1,
+                       label=f'{post} bits' if N == sizes[0] else None)
+    d.set(xscale='log', yscale='log', xlabel='D / N', ylabel='delta, nats/byte',
+          title='What quantizing after training (GPTQ) costs')
+    d.legend(fontsize=8)
+    for some, style, name in ((points, 'o', 'fitted'), (held, 'D', 'held out')):
+        guess = foretell(c, some) if name == 'fitted' else told
+        mine = [(guess[key(p)], p['loss']) for p in some if key(p) in guess]
+        e.plot(*zip(*mine), style, ms=4, alpha=0.6, label=name)
+    e.axline((1.5, 1.5), slope=1, color='0.5', lw=1)
+    most = max(p['loss'] for p in plain(everything)) + 0.5
+    e.set(xlabel='predicted loss, nats/byte', ylabel='measured', xlim=(None, most),
+          ylim=(None, most), title='Predicted and measured')
+    e.legend(fontsize=8)
+    compute = np.geomspace(1e11, 1e16, 11)
+    for fitted, style in [(f, {'color': '0.8', 'lw': 1}) for f in fits[:20]] + \
+            [(c, {'color': 'C0', 'lw': 2})]:
+        if 'gamma_w' in fitted:
+            g.plot(compute, [plan(fitted, C)[3] for C in compute], **style)
+    g.set(xscale='log', xlabel='compute, (6/16) N D P', ylabel='bits a weight', ylim=(0, 17),
+          title='Best precision of weights; grey: bootstrap')
+    if 'C_T' in c:
+        N = np.geomspace(sizes[0], 1e3 * sizes[-1])
+        for post in (2, 3, 4):
+            h.plot(N, [critical_data(c, n, post) / n for n in N], label=f'{post} bits')
+        h.legend(fontsize=8)
+    h.set(xscale='log', yscale='log', xlabel='N', ylabel='D / N',
+          title='Past this, more data makes the quantized model worse')
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    fig.savefig(path, dpi=110)
+
+
+STEPS = {'sweep': sweep, 'fit': fit_step, 'predict': predict, 'plot': plot}
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('steps', nargs='*', choices=[*STEPS, 'plan', []], metavar='STEP',
+                        help=', '.join([*STEPS, 'plan']))
+    parser.add_argument('--size', choices=SWEEPS, default='cpu')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
+    for name, text in (('compute', 'of plan: operations of 16 bits, (6 / 16) N D P'),
+                       ('memory', 'of plan: bytes of the weights, N P / 8'),
+                       ('tokens', 'of plan: most tokens there are')):
+        parser.add_argument(f'--{name}', type=float, help=text)
+    os.chdir(ROOT)                                      # where config/ is
+    options = parser.parse_args()
+    if 'plan' in options.steps:
+        if not options.compute and not (options.memory and options.tokens):
+            parser.error('plan needs --compute, or --memory and --tokens')
+        found = read_fit(options)
+        print('\n'.join(say_plan(found, found['bootstrap'], options)))
+    else:
+        for step in options.steps or STEPS:
+            STEPS[step](options)
