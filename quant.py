@@ -670,6 +670,16 @@ class CrossEntropy(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------
 # the linear layer
 
+def check_master(master):
+    """The Spec of weights as they are stored. Raises ValueError for one that cannot be."""
+    s = spec(master)
+    if s and (s.sign == 'asymmetric' or s.map != 'linear' or s.grid[0] == 'u' or s.format
+              or s.rotation):
+        raise ValueError(f"master = '{master}': a stored weight takes a symmetric, signed, linear "
+                         'grid with float32 scales, not rotated')
+    return s
+
+
 class Linear(nn.Module):
     """y = x^ w^T + b over the last axis of x (..., in). Arguments: those of Recipe, as strings.
 
@@ -723,14 +733,11 @@ class Linear(nn.Module):
 
         autograd still wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
         expanded to that shape, in four bytes of memory. Call this on the device where it stays."""
-        s = spec(master)
+        s = check_master(master)
         if s is None:
             return
-        if s.sign == 'asymmetric' or s.map != 'linear' or s.grid[0] == 'u' or s.format or \
-                s.rotation:
-            raise ValueError(f"master = '{master}': a stored weight takes a symmetric, signed, "
-                             'linear grid with float32 scales, not rotated')
-        q = quantize(self.weight, replace(s, rounding='nearest')) if q is None else q
+        if q is None:
+            q = quantize(self.weight, replace(s, rounding='nearest'), parts=self.how.parts)
         self.master = s
         self.codes, self.scale = q.codes, q.scale
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand(self.weight.shape))
@@ -842,12 +849,13 @@ def update(wq, g, mq, vq, h, key, start, code_units):
     else:
         v = vq[0] * vq[1] / vq[2]
     lr, ds = h.lr, None
+    parts = 1 if wq.scale is None else wq.scale.shape[0]        # q, k and v may have scales of own
     if code_units:
-        s, axes = wq.scale, {'tensor': None, 'column': 0}.get(wq.spec.group, -1)
-        lr = lr * wq.spec.top * s.expand_as(_grouped(w, wq.spec)).reshape(w.shape)
-        ds = _grouped(g * w, wq.spec).sum(axes, keepdim=True)
+        s, axis = wq.scale, 0 if wq.spec.group == 'column' else -1
+        lr = lr * wq.spec.top * s.expand_as(_grouped(w, wq.spec, parts)).reshape(w.shape)
+        ds = _grouped(g * w, wq.spec, parts).sum(axis, keepdim=True)
     w_new = (1 - h.decay) * w - lr * direction(m, v, h)
-    new = quantize(w_new, wq.spec, key, scale=wq.scale, start=start)
+    new = quantize(w_new, wq.spec, key, scale=wq.scale, parts=parts, start=start)
     flips = None
     if wq.spec is not None:
         moved = dequantize(new) != w
@@ -919,7 +927,7 @@ class Group:
         self.s = tuple(torch.zeros_like(self.w.scale) for _ in 'mv') if learned else ()
         self.g = torch.zeros(self.rows, self.cols, device=device) if flat else None
         # rows with scales of their own go a block at a time, as suits the cache of a CPU
-        specs = [q.spec for q in (self.m, self.v) if isinstance(q, QTensor)]
+        specs = [q.spec for q in (self.w, self.m, self.v) if isinstance(q, QTensor)]
         shared = any(s is not None and s.shared for s in specs)
         elements = 2 ** 28 if self.w.codes.is_cuda else 2 ** 18 if compiled else 2 ** 17
         self.block = self.rows if shared else max(1, elements // self.cols)
@@ -1130,23 +1138,23 @@ def rtn_(model, how):
         layer.store_(how)
 
 
-def gptq(W, H, how, damping=0.01, act_order=False):
+def gptq(W, H, how, damping=0.01, act_order=False, parts=1):
     """Codes of W (out, in), a QTensor, that make (W - s Q) X small, not W - s Q:
 
         q_i = clip(round(w_i / s), Qn, Qp),  e = (w_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
     for columns i = 1 .. in: what rounding a column does to the output, those after it make up for.
     H = 2 mean x x^T over the inputs x of the layer, (in, in) float32, and U is the upper Cholesky
-    factor of (H + damping mean(diag H) 1)^-1. The grid is that of rounding W to nearest: s is of W
-    as it comes. A channel without data (H_ii = 0) is rounded to nearest. Columns go in blocks of
-    128: what lies after a block is corrected by one matmul. (Frantar et al., GPTQ, arXiv
-    2210.17323, which sets weights of channels without data to 0.)
+    factor, U^T U = (H + damping mean(diag H) 1)^-1. The grid is that of rounding W to nearest: s
+    is of W as it comes. A channel without data (H_ii = 0) is rounded to nearest. Columns go in
+    blocks of 128: what lies after a block is corrected by one matmul. (Frantar et al., GPTQ,
+    arXiv 2210.17323, which sets weights of channels without data to 0.)
 
-    act_order  columns by descending H_ii instead of in order
+    act_order  columns by descending H_ii instead of in order; `parts` as in quantize
     Raises ValueError where H, damped, is not positive definite: more data, or more damping."""
     s, n = replace(spec(how), rounding='nearest'), W.shape[1]
-    grid = quantize(W, s)
-    step = grid.scale.expand_as(_grouped(W, s)).reshape(W.shape)            # (out, in)
+    grid = quantize(W, s, parts=parts)
+    step = grid.scale.expand_as(_grouped(W, s, parts)).reshape(W.shape)     # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
     damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
@@ -1154,11 +1162,11 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
     W, H, step = W.float()[:, order], H[order][:, order], step[:, order]
-    L, bad = torch.linalg.cholesky_ex(H)
+    L, bad = torch.linalg.cholesky_ex(H.flip(0, 1))         # with rows and columns backwards
     if bad or not L.isfinite().all():
         raise ValueError(f'the Hessian is not positive definite with damping = {damping}: give '
                          'more sequences, or more damping')
-    U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
+    U = torch.linalg.solve_triangular(L, torch.eye(n, device=L.device), upper=False).flip(0, 1)
     codes = torch.empty_like(W)
     for a in range(0, n, 128):
         b = min(a + 128, n)
@@ -1183,9 +1191,11 @@ def hessians(layers, run):
         found[layer][1] += len(x)
 
     hooks = [layer.register_forward_pre_hook(look) for layer in found]
-    run()
-    for hook in hooks:
-        hook.remove()
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
     return [H / max(1, tokens) for H, tokens in found.values()]
 
 
@@ -1199,6 +1209,8 @@ def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
     the weights are codes already or would be quantized a second time in the forward."""
     if not batches:
         raise ValueError('GPTQ needs data: give it sequences')
+    if check_master(how).grid == 'bf16':
+        raise ValueError('GPTQ needs a grid with scales; bf16 has none')
     for name, layer in linears(model).items():
         if layer.master is not None or layer.how.weights is not None:
             raise ValueError(f'{name} is quantized already; GPTQ needs it in full precision')
@@ -1209,7 +1221,8 @@ def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
         for name, layer in linears(block).items():
             H, = hessians([layer], lambda: [block(x, angles, None) for x, angles in inputs])
             try:
-                layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
+                q = gptq(layer.weight, H, how, damping, act_order, layer.how.parts)
+                layer.store_(how, q)
             except ValueError as e:
                 raise ValueError(f'{name}: {e}') from None
         inputs = [(block(x, angles, None), angles) for x, angles in inputs]

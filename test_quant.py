@@ -1531,12 +1531,17 @@ def test_fine_tuning_sees_its_sequences_once_an_epoch():
     assert not np.array_equal(train.sequence_starts(replace(c, seed=1), 1000), few)
 
 
-def test_a_fine_tuned_model_is_packed_without_loss(trained, tmp_path):
+@pytest.mark.parametrize('how', ['int4/row', 'ternary/tensor/absmean'])
+def test_a_fine_tuned_model_is_packed_without_loss(how, trained, tmp_path):
     small, full, path = trained
     tuned, packed = f'--out_dir={tmp_path / "tuned"}', f'--out_dir={tmp_path / "packed"}'
-    train.main(['config/qaft.py', *small, '--max_iters=20', tuned])
-    train.main(['config/gptq.py', *small, '--ptq=rtn', packed,
+    train.main(['config/qaft.py', *small, f'--weights={how}', '--max_iters=20', tuned])
+    train.main(['config/gptq.py', *small, '--ptq=rtn', f'--master={how}', packed,
                 f'--init_from={tmp_path / "tuned" / "ckpt.pt"}'])
+    tuned = f'--init_from={tmp_path / "tuned" / "ckpt.pt"}'
+    for flag in ('--ptq=gptq', '--master=int3/row'):
+        says = error('config/gptq.py', *small, '--ptq=rtn', f'--master={how}', flag, tuned)
+        assert f'--ptq=rtn --master={how} packs' in says
     a, b = (log_of(tmp_path / name)[-1] for name in ('tuned', 'packed'))
     assert a['val_loss'] == b['val_loss'] and b['bytes']['linear']['weights'] < 0.54
 
@@ -1552,6 +1557,8 @@ def test_what_cannot_be_quantized_after_training(trained, small, tmp_path):
     assert 'ask for fewer' in error('config/qaft.py', *flags, '--sequences=1000000')
     assert 'more sequences, or more damping' in error(*gptq, '--sequences=1', '--damping=0')
     assert 'blocks of 48 do not divide' in error(*gptq, '--master=int4/48')
+    for bad in ('bf16', 'nvfp4', 'int4/row/asymmetric', 'int4/row/hadamard'):
+        assert 'master' in (says := error(*gptq, f'--master={bad}')) or 'has none' in says
     assert not (tmp_path / 'run').exists() and path.read_bytes() == before
     out = f'--out_dir={tmp_path / "ternary"}'
     train.main(['config/ternary.py', *flags, out, '--max_iters=1'])

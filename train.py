@@ -100,7 +100,8 @@ class Config:
     seed: int = 1337
     eval_only: bool = False      # evaluate and sample, do not train
     eval_interval: int = 200     # steps between evaluations, each of which saves a checkpoint
-    eval_tokens: int = 2 ** 15   # of val.bin; the last evaluation takes up to 2^22
+    eval_tokens: int = 2 ** 15   # of val.bin
+    final_tokens: int = 2 ** 22  # the same of the last evaluation
     log_interval: int = 10
     prompt: str = '\nclass'      # the sample continues it
     sample_tokens: int = 256
@@ -111,8 +112,8 @@ class Config:
 
 # what may differ between a run and its continuation
 RUN_KEYS = {'out_dir', 'overwrite', 'init_from', 'eval_only', 'eval_interval', 'eval_tokens',
-            'log_interval', 'prompt', 'sample_tokens', 'device', 'compile', 'batch_size',
-            'grad_accum'}
+            'final_tokens', 'log_interval', 'prompt', 'sample_tokens', 'device', 'compile',
+            'batch_size', 'grad_accum'}
 
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -215,8 +216,8 @@ def check(config):
         if f.type in (int, float) and not abs(getattr(config, f.name)) < 2 ** 63:
             fail(f'{f.name} = {getattr(config, f.name)} is not a number one can use')
     for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'max_iters', 'batch_size',
-                'grad_accum', 'eval_interval', 'eval_tokens', 'log_interval', 'learning_rate',
-                'eps', 'rope_theta'):
+                'grad_accum', 'eval_interval', 'eval_tokens', 'final_tokens', 'log_interval',
+                'learning_rate', 'eps', 'rope_theta'):
         if not getattr(config, key) > 0:
             fail(f'{key} = {getattr(config, key)} must be greater than 0')
     for key in ('hidden', 'init_gain', 'warmup_iters', 'weight_decay', 'grad_clip', 'code_lr',
@@ -360,7 +361,7 @@ def sequence_starts(config, n_tokens):
         fail(f'sequences = {config.sequences}: train.bin has {windows} of {config.block_size} '
              'tokens; ask for fewer, or lower block_size')
     rng = np.random.default_rng(config.seed)
-    return rng.permutation(windows)[:config.sequences] * config.block_size
+    return rng.choice(windows, config.sequences, replace=False) * config.block_size
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,10 +401,15 @@ def load_weights(model, config, checkpoint, path):
             fail(f"{path} has {key} = {checkpoint['config'][key]}, not {getattr(config, key)}")
     master = checkpoint['config']['master']
     if master not in ('', config.master):
-        fail(f"{path} stores its weights as '{master}' and has no others: use --master={master}")
+        fail(f"{path} stores its weights as '{master}' and has no others: use --master={master}"
+             + (', or start from full-precision ones' if config.weights else ''))
     if master and config.ptq and not config.eval_only:
         fail(f"{path} stores its weights as '{master}' already, and ptq = '{config.ptq}' starts "
              'from full-precision ones: use another checkpoint')
+    tuned = checkpoint['config']['weights']
+    if tuned and config.ptq and not master and (config.ptq, config.master) != ('rtn', tuned):
+        fail(f"{path} was trained with weights = '{tuned}': --ptq=rtn --master={tuned} packs them "
+             'as they are')
     rtn_(model, master)
     try:
         model.load_state_dict(checkpoint['model'])
@@ -441,8 +447,9 @@ def pick_dtype(config, device):
 
 def pick_compile(config, device):
     """auto: on a GPU, and on a CPU for runs that are longer than compiling; if it works."""
+    trains = not (config.eval_only or config.ptq)
     pays = device.type == 'cuda' or device.type == 'cpu' and config.max_iters >= 500
-    if config.compile == 'no' or config.compile == 'auto' and (config.eval_only or not pays):
+    if config.compile == 'no' or config.compile == 'auto' and not (trains and pays):
         return False
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
@@ -599,12 +606,15 @@ class Run:
         config = self.config
         if config.ptq != 'gptq':
             return rtn_(self.model, config.master)
-        T, B = config.block_size, config.batch_size
-        starts = sequence_starts(config, len(self.train_data))
-        batches = [to_batch(self.train_data, starts[i:i + B], T, self.vocab_size, self.device)[0]
-                   for i in range(0, len(starts), B)]
-        gptq_(self.model, config.master, batches, config.damping, config.act_order,
+        gptq_(self.model, config.master, self.sequences(), config.damping, config.act_order,
               lambda blocks: tqdm(blocks, 'GPTQ', unit='block', disable=None))
+
+    def sequences(self):
+        """The `sequences` to calibrate on, [(B, T)]."""
+        T, B = self.config.block_size, self.config.batch_size
+        starts = sequence_starts(self.config, len(self.train_data))
+        return [to_batch(self.train_data, starts[i:i + B], T, self.vocab_size, self.device)[0]
+                for i in range(0, len(starts), B)]
 
     def start_log(self, resuming):
         """Open the log; with everything built and checked, an old run may go if it must."""
@@ -778,9 +788,9 @@ class Run:
         return enc.decode(tokens)
 
     def finish(self):
-        """The last evaluation, over all of val up to 2^22 tokens, a sample, and a summary."""
+        """The last evaluation, a sample, and a summary."""
         log, size, levels = self.log, held(self.model, self.optimizer), shares(self.model)
-        result = self.evaluate(2 ** 22)
+        result = self.evaluate(self.config.final_tokens)
         log.line(done=True, iter=self.step, **result, bytes=size, levels=levels,
                  seconds=self.seconds, health=self.health())
         if self.config.sample_tokens:

@@ -104,7 +104,7 @@ def load(job, *more):
     and `more`: a Run."""
     args = [*plain(job.args), f'--seed={job.seed}', f'--out_dir={job.folder}',
             f'--init_from={job.folder}/ckpt.pt', '--eval_only=True', *more]
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return train.Run(train.parse(args), 0, 1)
 
 
@@ -130,12 +130,12 @@ def run_one(job):
     first, last = log[0], log[-1]
     curve = [[e['iter'], e['flips'] if 'flips' in e else None, e['train_loss']]
              for e in log if 'train_loss' in e]
-    kept = {'val_loss': None, 'failed': failed} if failed else \
+    kept = {'val_loss': None, 'failed': failed.split(';')[0]} if failed else \
         {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
     coarse = 'ternary' in config.master + config.weights
     if not failed and config.master and not config.ptq and not coarse:
         run = load(job, '--weights=ternary/row/absmean')
-        kept['loss_as_ternary'] = run.evaluate(2 ** 22)['val_loss']
+        kept['loss_as_ternary'] = run.evaluate(config.final_tokens)['val_loss']
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': job.mark, **kept,
             'curve': curve[::max(1, len(curve) // 20)], 'threads': torch.get_num_threads(),
             'sha256': first['sha256'], **first['versions'], 'machine': machine(),
