@@ -4,6 +4,7 @@ its oracle.
 
     python -m pytest -q test_quant.py
 """
+import argparse
 import functools
 import io
 import itertools
@@ -1698,7 +1699,7 @@ def test_the_fit_finds_the_constants_again():
     for name, value in scaling.merged(found).items():
         low, high = min(f[name] for f in fits), max(f[name] for f in fits)
         assert low <= true[name] <= high and abs(value / true[name] - 1) < 0.5, name
-    assert found['kinds']['a'] is None                                      # no data on it
+    assert found['a'] is None                                               # no data on it
     N, D = np.array(5e5), np.array(2.0 ** 21)                               # not fitted
     for kinds in ({}, {'w': np.array(3.0)}):
         guess = scaling.trained(scaling.merged(found), N, D, **kinds)
@@ -1713,8 +1714,50 @@ def test_what_the_data_do_not_tell_is_unresolved():
     flat = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': .05, 'n_w': 0,
             'C_T': 1e-9, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
     found = scaling.fit(made_up(flat, 0.002), 0.002)
-    assert found['base'] and found['kinds']['w'] is None and found['post'] is None
+    assert found['base'] and found['w'] is None and found['post'] is None
     assert scaling.fit(made_up(flat, 0.002, sizes=(25e3, 55e3)), 0.002)['base'] is None
+
+
+def test_the_steps_of_the_scaling_experiment(tmp_path, monkeypatch, capsys):
+    for module in ('scipy', 'matplotlib'):
+        pytest.importorskip(module)
+    true = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': 1.2, 'n_w': .2,
+            'gamma_a': 1.3, 'n_a': .8, 'gamma_token': 1.1, 'n_token': .3, 'gamma_kv': .7,
+            'n_kv': .2, 'C_T': .02, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
+    rng, known = np.random.default_rng(0), scaling.rows('cpu')
+
+    def law(job):
+        """What a run would give that obeys the laws but for noise."""
+        point = known[job.name][0]
+        kinds = {x: np.array(float(point[x])) for x in scaling.KINDS if x in point}
+        N, D, w = point['N'], point['D'], kinds.get('w', np.array(np.inf))
+        loss = scaling.trained(true, N, D, **kinds) + 0.002 * rng.normal()
+        after = {str(bits): loss + scaling.delta(true, N, D, bits, w) for bits in scaling.POST
+                 if bits < w} if not kinds.keys() - {'w'} and 'direct' not in point else {}
+        return {'name': job.name, 'seed': job.seed, 'mark': job.mark, 'sha256': '',
+                'val_loss': float(loss), 'rtn': after, 'gptq': after}
+
+    def run_all(path, jobs, *_, **__):
+        with open(path, 'a', encoding='utf-8') as f:
+            f.writelines(json.dumps(law(job)) + '\n' for job in jobs)
+
+    monkeypatch.setattr(scaling, 'RESULTS', tmp_path)
+    monkeypatch.setattr(scaling, 'run_all', run_all)
+    monkeypatch.setitem(scaling.SWEEPS['cpu'], 'data', str(tmp_path))
+    (tmp_path / 'meta.json').write_text('')
+    (tmp_path / 'train.bin').write_bytes(bytes(2 * 6 * 2 ** 20))
+    options = argparse.Namespace(size='cpu', jobs=1, compute=1e13, memory=None, tokens=None)
+    with pytest.raises(SystemExit, match='run the steps sweep and fit first'):
+        scaling.predict(options)
+    for step in scaling.STEPS.values():
+        step(options)
+    said = (tmp_path / 'scaling-cpu.md').read_text(encoding='utf-8')
+    assert 'FAIL' not in said and said.count('PASS') > 12
+    told = json.loads((tmp_path / 'scaling-cpu-predictions.json').read_text())['losses']
+    assert len(told) == 4 + 4 + 9 + 4 * 6 + 0 + 1 + 2 + 4                   # runs, then quantized
+    assert (tmp_path / 'scaling-cpu.png').exists()
+    found = scaling.read_fit(options)
+    assert 'bits a weight' in scaling.say_plan(found, options)[3]
 
 
 # ------------------------------------------------------------------------------------------------

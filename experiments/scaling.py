@@ -29,17 +29,22 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 
-from experiments.runs import RESULTS, ROOT, Job, arguments, load, read, run_all, run_one
+from experiments.runs import (RESULTS, ROOT, Job, arguments, load, results_of, run_all, run_one)
+from quant import fake_quant, gptq_, linears, rtn_
+from train import parse
 
-DATA = 'out/python_bytes'                                       # the python corpus as bytes
-SWEEPS = {  # widths of two layers to fit; the one held out; D in 2^20; that of quantized runs
+SWEEPS = {  # widths of two layers to fit; the one held out; D in 2^20; that of quantized runs;
+            # bars in percent: of the loss, of training's excess, of delta
     'cpu': {'widths': (32, 48, 64, 96), 'held': 144, 'at': 1.5, 'D': (0.75, 1.5, 3, 6),
-            'shape': 'block_size=128 batch_size=32'},
+            'shape': 'block_size=128 batch_size=32', 'data': 'out/python_bytes',
+            'bars': (2, 35, 25)},
     'gpu': {'widths': (96, 128, 192, 256), 'held': 512, 'at': 24, 'D': (12, 24, 48, 96),
-            'shape': 'block_size=256 batch_size=128'}}
+            'shape': 'block_size=256 batch_size=128', 'data': 'out/text_bytes',
+            'bars': (1, 20, 25)}}
 POST = 2, 3, 4, 5, 6, 8
 KINDS = {'w': 'weights=int{}/row', 'a': 'activations=int{}/tensor',
          'token': 'activations=int{}/row', 'kv': 'kv_cache=int{}/row'}
@@ -77,7 +82,7 @@ def trained(c, N, D, **bits):
 
 def delta(c, N, D, post, w=np.inf):
     """What quantizing to `post` bits after training adds; of weights that were trained in w bits,
-    the less, and nothing if w <= post."""
+    less, and nothing if w <= post."""
     spared = 1 if np.isinf(w).all() else 1 - np.exp(-c['C_w'] * np.clip(w - post, 0, None))
     n = n_eff(c, N, w=w)
     return c['C_T'] * D ** c['gamma_D'] * n ** -c['gamma_N'] * \
@@ -113,7 +118,8 @@ def least(residuals, names, starts):
     """{name: value} with the least Huber loss of residuals({name: value}) over all starts."""
     from scipy.optimize import least_squares
     into = lambda c: [math.log(c[k]) if k in POSITIVE else c[k] for k in names]
-    out = lambda t: {k: math.exp(min(v, 60.0)) if k in POSITIVE else v for k, v in zip(names, t)}
+    out = lambda t: {k: math.exp(min(max(v, -60.0), 60.0)) if k in POSITIVE else v
+                     for k, v in zip(names, t)}
     fits = [least_squares(lambda t: residuals(out(t)), into(start), loss='huber', f_scale=1e-2)
             for start in starts]
     return out(min(fits, key=lambda found: found.cost).x)
@@ -148,11 +154,20 @@ def fit_base(points, start=None):
     return least(lambda c: np.log(trained(c, p['N'], p['D']) / p['loss']), names, starts)
 
 
-def fit_kind(points, base, x, noise, start=None):
-    """gamma_x and n_x, or None where two bit widths are missing or none costs two noises."""
-    mine = [p for p in points if x in p and 'post' not in p]
+def resolved(points, x, noise):
+    """Bits of kind x whose mean excess over full precision is more than two of its errors."""
+    found = {}
+    for p in points:
+        found.setdefault(p[x], []).append(p['loss'] - p['full'])
+    return [bits for bits, excess in found.items()      # both losses have the noise of a seed
+            if statistics.mean(excess) > 2 * noise * math.sqrt(2 / len(excess))]
+
+
+def fit_kind(points, base, x, noise, start=None, least_bits=2):
+    """gamma_x and n_x, or None where fewer than two bit widths are resolved."""
+    mine = [p for p in points if p.get(x, 0) >= least_bits and 'post' not in p]
     p = columns(mine)
-    if len({q[x] for q in mine}) < 2 or max(p['loss'] - p['full']) < 2 * noise:
+    if len(resolved(mine, x, noise)) < 2:
         return None
     names = f'gamma_{x}', f'n_{x}'
     starts = [start] if start else grid(**{names[0]: (0.5, 1.0, 2.0, 3.0),
@@ -163,16 +178,28 @@ def fit_kind(points, base, x, noise, start=None):
 
 
 def fit_post(points, noise, start=None):
-    """C_T, gamma_D, gamma_N and gamma_post of full-precision models quantized afterwards."""
-    mine = [p for p in points if 'post' in p and 'w' not in p]
+    """C_T, gamma_D, gamma_N and gamma_post of full-precision models quantized afterwards, or None
+    where fewer than two bit widths cost as much as seeds differ."""
+    mine = [p for p in points if 'post' in p and 'w' not in p and 'constant' not in p]
     p = columns(mine)
-    if len(set(p['N'])) < 3 or len(set(p['D'])) < 3 or max(p['loss'] - p['full']) < 2 * noise:
+    if len(set(p['N'])) < 3 or len(set(p['D'])) < 3 or len(resolved(mine, 'post', noise)) < 2:
         return None
     names = 'C_T', 'gamma_D', 'gamma_N', 'gamma_post'
     starts = [start] if start else grid(C_T=(0.01, 1.0), gamma_D=(0.2, 0.5), gamma_N=(0.2, 0.5),
                                         gamma_post=(0.3, 0.6, 1.0))
     return least(lambda c: np.log((p['full'] + delta(c, p['N'], p['D'], p['post'])) / p['loss']),
                  names, starts)
+
+
+def fit_spared(points, base, post, start=None):
+    """C_w of models that were trained with low-bit weights and quantized further afterwards, or
+    None where there are none."""
+    p = columns([p for p in points if 'post' in p and 'w' in p])
+    if not len(p['N']):
+        return None
+    starts = [start] if start else grid(C_w=(0.1, 0.5, 2.0))
+    return least(lambda c: np.log((p['full'] + delta({**base, **post, **c}, *(
+        p[k] for k in ('N', 'D', 'post', 'w')))) / p['loss']), ['C_w'], starts)
 
 
 def fit_unified(points, c, start=None):
@@ -188,42 +215,47 @@ def fit_unified(points, c, start=None):
         L[after] += delta(c, *(p[k][after] for k in ('N', 'D', 'post', 'w')))
         return np.log(L / p['loss'])
 
-    start = start or {**c, 'C_w': 0.5}
-    return least(residuals, list(start), [start])
+    return least(residuals, list(c), [start or c])
 
 
 def fit(points, noise, start=None):
-    """{'base', 'kinds', 'post', 'unified'}: constants, None where data does not resolve them."""
+    """{'base', kinds, 'post', 'spared', 'unified': constants, None where data does not resolve
+    them}, one after the other, and all at once."""
     start = start or {}
-    base = fit_base(points, start.get('base'))
-    if base is None:
-        return {'base': None, 'kinds': {}, 'post': None, 'unified': None}
-    kinds = {x: fit_kind(points, base, x, noise, start.get('kinds', {}).get(x)) for x in KINDS}
-    post = fit_post(points, noise, start.get('post'))
-    found = {'base': base, 'kinds': kinds, 'post': post, 'unified': None}
-    if kinds['w'] and post:
+    found = {'base': fit_base(points, start.get('base'))}
+    if found['base'] is None:
+        return found
+    for x in KINDS:
+        found[x] = fit_kind(points, found['base'], x, noise, start.get(x))
+    found['post'] = fit_post(points, noise, start.get('post'))
+    found['spared'] = found['unified'] = None
+    if found['w'] and found['post']:
+        c = {**found['base'], **found['w']}
+        found['spared'] = fit_spared(points, c, found['post'], start.get('spared'))
+    if found['spared']:
         found['unified'] = fit_unified(points, merged(found), start.get('unified'))
     return found
 
 
 def merged(found):
-    """The constants of base, kinds and post in one dict."""
-    return {**found['base'], **{k: v for c in found['kinds'].values() if c for k, v in c.items()},
-            **(found['post'] or {})}
+    """The constants that were found one after the other, in one dict."""
+    return {k: v for part, c in found.items() if c and part != 'unified' for k, v in c.items()}
 
 
 def bootstrap(points, noise, best, draws=100, seed=0):
-    """Fits of so many resamples of the runs, each with what was made of it after training."""
+    """Fits of resamples of the runs, each with what was made of it after training. Those that do
+    not resolve what `best` does are left out: of three times `draws` at most, so many."""
     rng, runs = np.random.default_rng(seed), {}
     for p in points:
         runs.setdefault(p['run'], []).append(p)
     names, fits = list(runs), []
-    while len(fits) < draws:
+    for _ in range(3 * draws):
         drawn = [p for i in rng.integers(len(names), size=len(names)) for p in runs[names[i]]]
         found = fit(drawn, noise, best)
-        if found['base'] and all(found['kinds'][x] or not c for x, c in best['kinds'].items()) \
-                and (found['post'] or not best['post']):
+        if all(found.get(part) or not c for part, c in best.items()):
             fits.append(found)
+        if len(fits) == draws:
+            break
     return fits
 
 
@@ -247,7 +279,7 @@ def rows(size):
         batch = math.prod(int(word.split('=')[1]) for word in sweep['shape'].split())
         steps = D // batch
         shape = f'n_layer=2 n_embd={d} n_head={d // 16} hidden={hidden} {sweep["shape"]} ' \
-            f'max_iters={steps} warmup_iters={steps // 10} dataset={DATA} {RATES} {text}'
+            f'max_iters={steps} warmup_iters={steps // 10} dataset={sweep["data"]} {RATES} {text}'
         N = 2 * (4 * d * d + 3 * d * hidden)
         point = {'N': N, 'D': D, 'held': d == sweep['held'], **point}
         found[f'd={d} D={D >> 10}k {name}'.strip()] = point, shape
@@ -273,56 +305,61 @@ def jobs_of(size):
     """[(Job, point)]: a seed of every row, three of the two that tell the noise."""
     third, at = SWEEPS[size]['widths'][2], SWEEPS[size]['at']
     twice = [f'd={third} D={int(1024 * at)}k{more}' for more in ('', ' w3')]
-    return [(Job(name, arguments(f'{text} eval_interval=100000'), seed), point)
+    each = 'eval_interval=100000 final_tokens=131072 compile=no'
+    return [(Job(name, arguments(f'{text} {each}'), seed), point)
             for name, (point, text) in rows(size).items()
             for seed in ((1, 2, 3) if name in twice else (1,))]
 
 
 def measure(job):
-    """run_one; the loss on 2^17 tokens, and of models with a float master the same after rounding
-    to nearest and GPTQ to each of POST bits."""
+    """run_one, and the loss after rounding to nearest and GPTQ to each of POST bits; of weights
+    trained in few bits, as the forward saw them, to fewer."""
     result = run_one(job)
-    if result['val_loss'] is None:
+    config = parse(job.args)
+    if result['val_loss'] is None or config.master or config.activations or config.kv_cache:
         return result
-    loss = lambda *more: load(job, *more).evaluate(2 ** 17)['val_loss']
-    result['loss'] = loss()
-    if not any(word in ' '.join(job.args) for word in ('activations', 'kv_cache', 'config/')):
-        for how in ('rtn', 'gptq'):
-            result[how] = {bits: loss('--weights=', f'--ptq={how}', f'--master=int{bits}/row',
-                                      '--sequences=64') for bits in POST}
+    for how in ('rtn', 'gptq'):
+        result[how] = {}
+        for bits in POST:
+            if not config.weights or f'int{bits}/row' < config.weights:
+                run = load(job, '--sequences=64')
+                for layer in linears(run.model).values():
+                    layer.weight.data = fake_quant(layer.weight.data, layer.how.weights)
+                    layer.how = replace(layer.how, weights=None)
+                if how == 'rtn':
+                    rtn_(run.model, f'int{bits}/row')
+                else:
+                    gptq_(run.model, f'int{bits}/row', run.sequences())
+                result[how][bits] = run.evaluate(config.final_tokens)['val_loss']
     return result
 
 
 def points_of(results, size, how='gptq'):
     """Results as points {'run', 'N', 'D', 'loss', 'full', kinds and 'post' in bits}; 'full' is the
     loss of the same run in full precision, and of what is quantized afterwards, before that."""
-    known, points = rows(size), []
+    known, full, points = rows(size), {}, []
     for r in results:
-        if r['val_loss'] is not None:
-            points.append({**known[r['name']][0], 'run': f"{r['name']} {r['seed']}",
-                           'seed': r['seed'], 'loss': r['loss'], 'after': r.get(how, {})})
-    full = {}
-    for p in plain(points):
-        full.setdefault((p['N'], p['D']), {})[p['seed']] = p['loss']
-    made = []
-    for p in points:
-        same = full[p['N'], p['D']]
-        p['full'] = same.get(p['seed'], statistics.mean(same.values()))
-        after = p.pop('after')
-        made += [{**p, 'post': int(bits), 'loss': loss, 'full': p['loss']}
-                 for bits, loss in after.items()]
-    return points + made
+        point = known[r['name']][0]
+        if not point.keys() & {*KINDS, 'direct', 'constant'} and r['val_loss'] is not None:
+            full[point['N'], point['D'], r['seed']] = r['val_loss']
+    for r in results:
+        p = {**known[r['name']][0], 'run': f"{r['name']} {r['seed']}", 'seed': r['seed'],
+             'loss': r['val_loss']}
+        p['full'] = full.get((p['N'], p['D'], p['seed']))
+        if p['loss'] is not None and p['full'] is not None:     # else it has diverged, or no twin
+            points += [p, *({**p, 'post': int(bits), 'loss': loss, 'full': p['loss']}
+                            for bits, loss in r.get(how, {}).items())]
+    return points
 
 
 def noise_of(points):
-    """Standard deviation of the loss over seeds, nats a token."""
+    """Standard deviation of the loss over seeds, nats a token; None where no run has two."""
     groups = {}
     for p in points:
-        if 'post' not in p and not p.get('constant'):
-            groups.setdefault((p['N'], p['D'], p.get('w'), *(p.get(x) for x in KINDS),
-                               p.get('direct')), []).append(p['loss'])
+        if 'post' not in p:
+            groups.setdefault(p['run'].rsplit(' ', 1)[0], []).append(p['loss'])
     spreads = [statistics.variance(losses) for losses in groups.values() if len(losses) > 1]
-    return math.sqrt(statistics.mean(spreads))
+    return math.sqrt(statistics.mean(spreads)) if spreads else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,10 +369,10 @@ def foretell(c, points):
     """{run or run at so many bits: loss} by the constants c, of points whose loss is not used."""
     found = {}
     for p in points:
-        if 'direct' in p or 'constant' in p:
-            continue
         kinds = {x: p[x] for x in KINDS if x in p}
-        if not all(f'gamma_{x}' in c for x in kinds):
+        known = 'C_w' if 'post' in p and 'w' in p else 'C_T' if 'post' in p else 'A'
+        if 'direct' in p or 'constant' in p or known not in c or \
+                not all(f'gamma_{x}' in c for x in kinds):
             continue
         L = trained(c, p['N'], p['D'], **kinds)
         if 'post' in p:
@@ -348,19 +385,19 @@ def key(p):
     return p['run'] + (f" then {p['post']} bits" if 'post' in p else '')
 
 
-def score(told, points, before, noise):
+def score(told, points, before, noise, bars):
     """[(what, value, bar, 'PASS', 'FAIL' or 'UNRESOLVED')] of predictions of the held-out points;
     `before` are those of the next smaller size."""
     measured = {key(p): p for p in points if key(p) in told}
     raw = [abs(told[k] / p['loss'] - 1) for k, p in measured.items() if 'post' not in p]
-    lines = [('mean error of the loss, training', 100 * statistics.mean(raw), 2.0)]
+    lines = [('mean error of the loss, training', 100 * statistics.mean(raw), bars[0])]
     kinds = [p for p in measured.values() if any(x in p for x in KINDS) and 'post' not in p]
     after = [p for p in measured.values() if 'post' in p and 'w' not in p]
     smaller = {}
     for q in before:
         smaller[q['D'], *(q.get(x) for x in (*KINDS, 'post'))] = q['loss'] - q['full']
-    for text, some, bar in (('excess of training in low precision', kinds, 35.0),
-                            ('excess of quantizing after training', after, 25.0)):
+    for text, some, bar in (('excess of training in low precision', kinds, bars[1]),
+                            ('excess of quantizing after training', after, bars[2])):
         some = [p for p in some if p['loss'] - p['full'] > 2 * noise]
         if not some:
             lines.append((f'median error of the {text}', math.nan, bar))
@@ -372,48 +409,58 @@ def score(told, points, before, noise):
             own = k.split(' then ')[0] if 'post' in p else \
                 next(key(q) for q in plain(points) if q['D'] == p['D'])
             wrong.append(abs((told[k] - told[own]) / excess - 1))
-            copy = smaller.get((p['D'], *(p.get(x) for x in (*KINDS, 'post'))), math.nan)
-            copied.append(abs(copy / excess - 1))
+            copy = smaller.get((p['D'], *(p.get(x) for x in (*KINDS, 'post'))))
+            copied += [] if copy is None else [abs(copy / excess - 1)]
         median = 100 * statistics.median(wrong)
         lines.append((f'median error of the {text}, {len(some)} points', median, bar))
         lines.append(('the same less that of no law for precision (100 %)', median - 100, 0.0))
         lines.append(('the same less that of copying the next smaller size',
-                      median - 100 * statistics.median(copied), 0.0))
+                      median - 100 * statistics.median(copied) if copied else math.nan, 0.0))
     return [(text, value, bar, 'UNRESOLVED' if math.isnan(value) else
              'PASS' if value <= bar else 'FAIL') for text, value, bar in lines]
 
 
 def claims(points, noise):
     """[(claim, verdict, numbers)] of the paper's qualitative findings; gaps in nats a token."""
-    after = [p for p in points if 'post' in p and 'w' not in p and 'constant' not in p]
-    found, sizes = [], sorted({p['N'] for p in after})
-    low, high = min(p['D'] for p in after), max(p['D'] for p in after)
-    extra = {(p['N'], p['D'], p['post']): p['loss'] - p['full'] for p in after if p['seed'] == 1}
-    excess = {(x, p[x], p['N']): p['loss'] - p['full'] for p in points for x in KINDS
-              if x in p and 'post' not in p and p['seed'] == 1}
+    once = [p for p in points if p['seed'] == 1]
+    after = [p for p in once if 'post' in p and 'w' not in p]
+    excess_of = lambda some: {(p['N'], p['D'], p['post']): p['loss'] - p['full'] for p in some}
+    extra = excess_of(p for p in after if 'constant' not in p)
+    control = excess_of(p for p in after if 'constant' in p)
+    excess = {(x, p[x], p['N']): p['loss'] - p['full'] for p in once for x in KINDS
+              if x in p and 'post' not in p}
+    found, sizes = [], sorted({N for N, *_ in extra})
+    data = sorted({D for _, D, _ in extra})
 
-    def say(text, gaps, floor=noise):
-        mean = statistics.mean(gaps)
-        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else floor
-        said = 'UNRESOLVED' if abs(mean) < 2 * error else 'PASS' if mean > 0 else 'FAIL'
+    def say(text, a, b):
+        """a > b in the mean of all pairs (key of `of`, key of `of`) that are there."""
+        gaps = [x - y for x, y in zip(a, b) if x is not None and y is not None]
+        mean = statistics.mean(gaps) if gaps else math.nan
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.inf
+        said = 'PASS' if mean > 2 * error else 'FAIL' if mean < -2 * error else 'UNRESOLVED'
         found.append((text, said, f'{mean:+.4f} ± {error:.4f} nats, wanted > 0'))
 
     for bits in (2, 3):
+        at = lambda N, D: extra.get((N, D, bits))
         say(f'quantizing to {bits} bits afterwards costs more the more data was trained on',
-            [extra[N, high, bits] - extra[N, low, bits] for N in sizes], 0.0)
+            [at(N, data[-1]) for N in sizes], [at(N, data[0]) for N in sizes])
         say(f'and less the larger the model, {bits} bits',
-            [extra[sizes[0], D, bits] - extra[sizes[-1], D, bits]
-             for D in sorted({p['D'] for p in after})], 0.0)
+            [at(sizes[0], D) for D in data], [at(sizes[-1], D) for D in data])
+        say('and more where the rate has decayed than where it is constant',
+            [at(N, D) for N, D, b in control if b == bits],
+            [x for (_, _, b), x in control.items() if b == bits])
     for fewer, more in ((2, 3), (3, 4), (4, 6)):
         say(f'training with {fewer}-bit weights costs more than with {more}',
-            [excess['w', fewer, N] - excess['w', more, N] for N in sizes])
-    worst = max(abs(extra[N, D, 8]) for N, D, bits in extra if bits == 8)
-    found.append(('8 bits after training are within the noise of seeds', 'PASS'
-                  if worst <= noise else 'FAIL', f'{worst:.4f} nats at most, noise {noise:.4f}'))
+            *([excess.get(('w', bits, N)) for N in sizes] for bits in (fewer, more)))
     for bits in (3, 4):
         say(f'{bits}-bit activations, a scale a tensor, cost more than {bits}-bit weights',
-            [excess['a', bits, N] - excess['w', bits, N] for N in sizes
-             if ('a', bits, N) in excess])
+            *([excess.get((x, bits, N)) for N in sizes] for x in ('a', 'w')))
+    worst = max(abs(x) for (_, _, bits), x in extra.items() if bits == 8)
+    found.append(('8 bits after training are within the noise of seeds', 'PASS'
+                  if worst <= noise else 'FAIL', f'{worst:.4f} nats at most, noise {noise:.4f}'))
+    four = statistics.mean(x for (kind, bits, _), x in excess.items() if (kind, bits) == ('w', 4))
+    found.append(('the cost of training with 4-bit weights is above twice the noise',
+                  'PASS' if four > 2 * noise else 'UNRESOLVED', f'{four:+.4f} nats'))
     return found
 
 
@@ -423,30 +470,29 @@ def claims(points, noise):
 def plan(c, compute=None, memory=None, tokens=None):
     """(loss, N, D, P) with the least loss by the constants c, weights in P bits and all else full:
     compute = (6 / 16) N D P at most, in operations of 16 bits, and N P / 8 <= memory in bytes."""
-    best = None
-    for P in range(2, 17):
-        most = 8 * memory / P if memory else 1e12
-        for N in np.geomspace(1e4, 1e12, 1601):
-            if N > most * 1.01:
-                break
-            D = min(compute * 16 / (6 * N * P) if compute else math.inf, tokens or math.inf)
-            L = float(trained(c, N, D, w=np.array(P)))
-            if best is None or L < best[0]:
-                best = L, float(N), float(D), P
-    return best
+    N, P = np.meshgrid(np.geomspace(1e3, 1e12, 1801), np.arange(2.0, 17))
+    D = compute * 16 / (6 * N * P) if compute else np.full_like(N, tokens)
+    D = np.minimum(D, tokens or math.inf)
+    L = trained(c, N, D, w=P)
+    if memory:
+        L[N * P / 8 > memory] = math.inf
+    best = np.unravel_index(L.argmin(), L.shape)
+    return tuple(float(x[best]) for x in (L, N, D, P))
 
 
-def say_plan(found, fits, options):
+def say_plan(found, options):
     """The plan by the best fit and its spread over the bootstrap, as lines."""
+    if 'w' in found['unresolved']:
+        raise SystemExit('unresolved: the sweep does not show what weights in low precision cost')
     ask = options.compute, options.memory, options.tokens
     best = plan(found['constants'], *ask)
-    others = [plan(c, *ask) for c in fits]
-    lines = []
+    if math.isinf(best[0]):
+        raise SystemExit(f'{options.memory:g} bytes are too few: give --memory=1e3 or more')
+    others, lines = [plan(c, *ask) for c in found['bootstrap']], []
     for i, (name, form) in enumerate((('loss, nats', '{:.3f}'), ('N, weights', '{:.3g}'),
                                       ('D, tokens', '{:.3g}'), ('bits a weight', '{:.0f}'))):
-        low, high = interval([o[i] for o in others])
-        lines.append(f'{name:14} ' + form.format(best[i]) + ', 90 % of the bootstrap '
-                     + form.format(low) + ' to ' + form.format(high))
+        low, high = map(form.format, interval([other[i] for other in others]))
+        lines.append(f'{name:14}{form.format(best[i])}, 90 % of the bootstrap {low} to {high}')
     largest = found['largest']
     if best[1] > largest['N'] or best[2] > largest['D']:
         lines.append(f"beyond the sweep, which ends at N = {largest['N']:.3g} and D = "
@@ -464,16 +510,21 @@ def paths(size):
 
 
 def points_at(size, held):
-    path = paths(size)[0]
-    known = {job.mark: job for job, point in jobs_of(size) if point['held'] == held}
-    results = [r for r in read(path) if r['mark'] in known]
-    return points_of(results, size), results
+    jobs = [job for job, point in jobs_of(size) if point['held'] == held]
+    return points_of(results_of(paths(size)[0], jobs), size)
 
 
 def train_all(options, held):
-    if not os.path.exists(f'{DATA}/meta.json'):
-        subprocess.run([sys.executable, 'data/python/prepare.py', '--vocab=256', f'--out={DATA}'],
+    """Train the runs of the sizes that are fitted, or of the one that is held out."""
+    sweep = SWEEPS[options.size]
+    data, most = sweep['data'], int(2 ** 20 * max(sweep['D']))
+    if options.size == 'cpu' and not os.path.exists(f'{data}/meta.json'):
+        subprocess.run([sys.executable, 'data/python/prepare.py', '--vocab=256', f'--out={data}'],
                        check=True)
+    bytes_there = os.path.getsize(f'{data}/train.bin') // 2 if os.path.exists(data) else 0
+    if bytes_there < most:
+        raise SystemExit(f'{data} has {bytes_there} bytes to train on and {most} are to be seen '
+                         f'once: python data/text/prepare.py FOLDER --vocab=256 --out={data}')
     jobs = [job for job, point in jobs_of(options.size) if point['held'] == held]
     run_all(paths(options.size)[0], jobs, options.jobs, run=measure)
 
@@ -484,22 +535,25 @@ def sweep(options):
 
 def fit_step(options):
     """Fit the sizes that are not held out, and write constants with their bootstrap."""
-    points, _ = points_at(options.size, held=False)
+    points = points_at(options.size, held=False)
     noise = noise_of(points)
-    best = fit(points, noise)
-    if best['base'] is None:
-        raise SystemExit('unresolved: a fit takes three sizes and three D; run the sweep first')
+    best = fit(points, noise) if noise else {'base': None}
+    if not best['base']:
+        raise SystemExit('unresolved: a fit takes three sizes, three D and two seeds; run the '
+                         'step sweep to its end')
     fits = bootstrap(points, noise, best)
-    c, fits = merged(best), [merged(found) for found in fits]
-    names = [k for k in c if not k.startswith('n_')] + [k for k in c if k.startswith('n_')]
-    unified = best['unified'] or {}
-    found = {'constants': c, 'unified': unified, 'noise': noise,
-             'interval': {k: interval([f[k] for f in fits]) for k in names},
-             'unresolved': [x for x, k in best['kinds'].items() if not k]
-             + ([] if best['post'] else ['post']),
-             'largest': {k: max(p[k] for p in points) for k in ('N', 'D')}, 'bootstrap': fits}
-    if all(f'gamma_{x}' in c for x in ('w', 'a', 'kv')):
-        found['best_precision'] = [best_precision(c), interval([best_precision(f) for f in fits])]
+    staged, unified = [merged(f) for f in fits], [f['unified'] for f in fits if f['unified']]
+    spread = lambda fits, c: {k: interval([f[k] for f in fits]) for k in c or ()}
+    three = fit_kind(points, best['base'], 'w', noise, least_bits=3)
+    c = merged(best)
+    found = {'constants': c, 'interval': spread(staged, c), 'unified': best['unified'],
+             'interval_unified': spread(unified, best['unified']), 'three_bits': three,
+             'unresolved': [part for part, found in best.items() if not found], 'noise': noise,
+             'largest': {k: max(p[k] for p in points) for k in ('N', 'D')}, 'bootstrap': staged}
+    kinds = [x for x in ('w', 'a', 'kv') if best[x]]
+    if kinds:
+        found['best_precision'] = [kinds, best_precision(c, kinds), interval(
+            [best_precision(f, kinds) for f in staged])]
     paths(options.size)[1].write_text(json.dumps(found), encoding='utf-8')
 
 
@@ -511,51 +565,57 @@ def read_fit(options):
 
 
 def predict(options):
-    """Write what the fit says of the held-out size, and only then train it."""
+    """Write what the fit says of the held-out size, and only then train it. What was written once
+    stays, whatever is fitted later."""
     path, c = paths(options.size)[2], read_fit(options)['constants']
     if not path.exists():
-        empty = [{'name': job.name, 'seed': 1, 'val_loss': 0.0, 'loss': 0.0,
-                  'gptq': {} if any(x in point for x in (*KINDS, 'direct')) and 'w' not in point
-                  else dict.fromkeys(POST, 0.0)}
-                 for job, point in jobs_of(options.size) if point['held']]
-        path.write_text(json.dumps(foretell(c, points_of(empty, options.size)), indent=1),
-                        encoding='utf-8')
+        low = {job.name: range(2, point.get('w', 9)) for job, point in jobs_of(options.size)
+               if point['held'] and not point.keys() & {'direct', 'a', 'token', 'kv'}}
+        empty = [{'name': job.name, 'seed': 1, 'val_loss': 0.0, 'gptq': {
+            bits: 0.0 for bits in POST if bits in low.get(job.name, ())}}
+            for job, point in jobs_of(options.size) if point['held']]
+        told = foretell(c, points_of(empty, options.size))
+        path.write_text(json.dumps({'constants': c, 'losses': told}, indent=1), encoding='utf-8')
     train_all(options, held=True)
 
 
 def plot(options):
-    """The table and the figures, of what is there."""
-    found, told = read_fit(options), json.loads(paths(options.size)[2].read_text(encoding='utf-8'))
+    """The tables and the figures."""
+    found, path = read_fit(options), paths(options.size)[2]
+    if not path.exists():
+        raise SystemExit(f'{path.name} is not there: run the step predict first')
+    told = json.loads(path.read_text(encoding='utf-8'))['losses']
     c, noise = found['constants'], found['noise']
-    points, _ = points_at(options.size, held=False)
-    held, _ = points_at(options.size, held=True)
+    points, held = (points_at(options.size, held) for held in (False, True))
+    lines = ['| claim | | |', '|---|---|---|', *(
+        f'| {text} | **{said}** | {numbers} |' for text, said, numbers in
+        claims(points + held, noise))]
     largest = max(p['N'] for p in points)
-    lines = ['| | | |', '|---|---|---|']
-    lines += [f'| {text} | **{said}** | {numbers} |' for text, said, numbers in
-              claims(points + held, noise)]
     before = [p for p in points if p['N'] == largest and 'constant' not in p]
-    lines += ['', '| held-out size | | bar | |', '|---|---|---|---|']
-    lines += [f'| {text} | {value:.1f} % | {bar:g} % | **{said}** |'
-              for text, value, bar, said in score(told, held, before, noise)]
-    lines += ['', '| constant | value | 90 % of the bootstrap | all at once | paper 4 |',
-              '|---|---|---|---|---|']
-    for name, value in c.items():
-        low, high = found['interval'][name]
-        one = [f'{v:.4g}' if v is not None else '' for v in (found['unified'].get(name),
-                                                             PUBLISHED.get(name))]
-        lines.append(f'| {name} | {value:.4g} | {low:.4g} to {high:.4g} | {one[0]} | {one[1]} |')
-    lines += [f'| {x} | unresolved | | | |' for x in found['unresolved']]
+    scored = score(told, held, before, noise, SWEEPS[options.size]['bars']) if held else []
+    lines += ['', '| held-out size | | bar | |', '|---|---|---|---|', *(
+        f'| {text} | {value:.1f} % | {bar:g} % | **{said}** |'
+        for text, value, bar, said in scored)]
+    lines += ['', '| constant | one after the other | 90 % of the bootstrap | all at once | '
+              '90 % | paper 4 |', '|---|---|---|---|---|---|']
+    show = lambda numbers: ' to '.join(f'{v:.4g}' for v in numbers if v is not None)
+    unified, spread = found['unified'] or {}, found['interval_unified']
+    lines += [f'| {name} | {value:.4g} | {show(found["interval"][name])} | '
+              f'{show([unified.get(name)])} | {show(spread.get(name, []))} | '
+              f'{show([PUBLISHED.get(name)])} |' for name, value in c.items()]
+    lines += [f'| {name}, of 3 bits and more | {value:.4g} | | | | |'
+              for name, value in (found['three_bits'] or {}).items()]
+    lines += [f'| {part} | unresolved | | | | |' for part in found['unresolved']]
     if 'best_precision' in found:
-        P, (low, high) = found['best_precision']
-        lines.append(f'| P* of w, a and kv, bits | {P:.1f} | {low:.1f} to {high:.1f} | | '
-                     f'{best_precision(PUBLISHED):.1f} |')
-    lines += ['', '| direct training | share of the weights: N_eff / N |', '|---|---|']
+        kinds, P, spread = found['best_precision']
+        lines.append(f'| P* of {", ".join(kinds)}, bits | {P:.1f} | {show(spread)} | | | '
+                     f'{best_precision(PUBLISHED, kinds):.1f} |')
+    lines += ['', '| trained directly | N_eff / N, small to large |', '|---|---|']
     for name in DIRECT:
-        shares = [equivalent(c, p['N'], p['loss'], p['full']) for p in points + held
-                  if p.get('direct') == name]
-        if shares:
-            lines.append(f'| {name} | ' + ', '.join(f'{s:.2f}' for s in shares) + ' |')
-    lines.append(f'\nNoise of a seed: {noise:.4f} nats.')
+        of = sorted((p['N'], equivalent(c, p['N'], p['loss'], p['full'])) for p in points + held
+                    if p.get('direct') == name)
+        lines.append(f'| {name} | ' + ', '.join(f'{share:.2f}' for _, share in of) + ' |')
+    lines.append(f'\nSeeds differ by {noise:.4f} nats (one standard deviation).')
     paths(options.size)[3].write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
     draw(c, found['bootstrap'], points, held, told, paths(options.size)[4])
@@ -612,7 +672,7 @@ def draw(c, fits, points, held, told, path):
     d.legend(fontsize=8)
     for some, style, name in ((points, 'o', 'fitted'), (held, 'D', 'held out')):
         guess = foretell(c, some) if name == 'fitted' else told
-        mine = [(guess[key(p)], p['loss']) for p in some if key(p) in guess]
+        mine = [(guess[key(p)], p['loss']) for p in some if key(p) in guess] or [(np.nan, np.nan)]
         e.plot(*zip(*mine), style, ms=4, alpha=0.6, label=name)
     e.axline((1.5, 1.5), slope=1, color='0.5', lw=1)
     most = max(p['loss'] for p in plain(everything)) + 0.5
@@ -656,8 +716,7 @@ if __name__ == '__main__':
     if 'plan' in options.steps:
         if not options.compute and not (options.memory and options.tokens):
             parser.error('plan needs --compute, or --memory and --tokens')
-        found = read_fit(options)
-        print('\n'.join(say_plan(found, found['bootstrap'], options)))
+        print('\n'.join(say_plan(read_fit(options), options)))
     else:
         for step in options.steps or STEPS:
             STEPS[step](options)
