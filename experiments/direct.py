@@ -64,6 +64,7 @@ TRIES['large'] = {      # scaled down from there, not tried
 TRIES['gpt2'] = {
     BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4'],
     TERNARY: ['learning_rate=2e-3']}
+EMBEDDINGS = {'small': '12e-3', 'default': '6e-3', 'large': '4e-3', 'gpt2': '6e-4'}  # of masters
 
 
 def rows(size='small'):
@@ -75,20 +76,22 @@ def rows(size='small'):
     in_weight_space = f'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0 {embedding}'
 
     # the threshold is for evidence on few levels; bf16 has no codes to count in
+    plainly = f'init_gain=0 threshold=0 ramp=20 learning_rate={EMBEDDINGS[size]}'
     masters = {'int2': 'master=int2/row/absmean/stochastic code_lr=.1',
-               'int3': 'master=int3/row/stochastic code_lr=.1',
+               'int3': 'master=int3/row/stochastic code_lr=.06',
                'int4': 'master=int4/row/stochastic code_lr=.06',
                'int8': 'master=int8/row/stochastic code_lr=.06',
                'int8 absmean': 'master=int8/row/absmean/stochastic code_lr=.06',
-               'bf16': f'master=bf16/stochastic compute=float {in_weight_space}'}
-    masters = {grid: f'{keys} threshold=0 ramp=20' for grid, keys in masters.items()}
+               'bf16': 'master=bf16/stochastic compute=float code_lr=0 learning_rate=1.5e-3 '
+                       f'embedding_lr={EMBEDDINGS[size]} weight_decay=0'}
+    masters = {grid: f'{plainly} {keys}' for grid, keys in masters.items()}
     changes = {     # against direct ternary
         'controls': {
             'round to nearest': 'master=ternary/row/absmean',
             'frozen random ternary': 'master=ternary/row/absmean code_lr=1e-6 scale_lr=0'},
         'masters': {f'{grid} master': keys for grid, keys in masters.items()},
         'ternary forward': {f'{grid} master, ternary forward':
-                            f'{keys} weights=ternary/row/absmean'
+                            f'{keys} weights=ternary/row/absmean'.replace('=.06', '=.1')
                             for grid, keys in masters.items()},
         'states': {
             'm and v float32': 'adam_m= adam_v=',
