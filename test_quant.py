@@ -1152,13 +1152,17 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def small(data, tmp_path):
-    """Flags of a run that takes a second."""
-    return [f'--dataset={data}', f'--out_dir={tmp_path / "run"}', '--n_layer=2', '--n_head=2',
+def flags_of(data, folder):
+    return [f'--dataset={data}', f'--out_dir={folder}', '--n_layer=2', '--n_head=2',
             '--n_embd=128', '--hidden=128', '--block_size=32', '--batch_size=4', '--grad_accum=1',
             '--max_iters=6', '--warmup_iters=2', '--eval_interval=3', '--log_interval=1',
             '--eval_tokens=256', '--sample_tokens=8', '--dtype=float32', '--device=cpu']
+
+
+@pytest.fixture
+def small(data, tmp_path):
+    """Flags of a run that takes a second."""
+    return flags_of(data, tmp_path / 'run')
 
 
 def log_of(folder):
@@ -1492,12 +1496,19 @@ def test_a_vocabulary_that_does_not_fit(vocab, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # train.py: post-training quantization and fine-tuning
 
+@pytest.fixture(scope='session')
+def full(data, tmp_path_factory):
+    """The folder of a run in full precision."""
+    folder = tmp_path_factory.mktemp('full')
+    train.main([*flags_of(data, folder), '--max_iters=60', '--eval_interval=60',
+                '--learning_rate=1e-2'])
+    return folder
+
+
 @pytest.fixture
-def trained(small, tmp_path):
-    """(flags, log, path) of a small run in full precision."""
-    train.main([*small, '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2'])
-    path = (tmp_path / 'run').rename(tmp_path / 'full') / 'ckpt.pt'
-    return [*small, f'--init_from={path}'], log_of(path.parent), path
+def trained(small, full):
+    """(flags, log, path) of a run that starts from one in full precision."""
+    return [*small, f'--init_from={full / "ckpt.pt"}'], log_of(full), full / 'ckpt.pt'
 
 
 @pytest.mark.parametrize('how', ['rtn', 'gptq'])
