@@ -1,2 +1,2 @@
-# paper 1 (2407.11722): 4-bit activations, one scale per token; outlier channels make it unstable at size
+# paper 1 (2407.11722): 4-bit activations, one scale per token; unstable at size (outliers)
 activations = 'int4/row'

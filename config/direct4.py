@@ -1,4 +1,5 @@
-# direct 4-bit training (paper 2, 2412.04787): int4 codes are the only weights, updated by stochastic rounding
+# direct 4-bit training (paper 2, 2412.04787): int4 codes are the only weights, moved by
+# stochastic rounding
 master = 'int4/row/stochastic'
 activations = 'int8/row'
 adam_m = 'int8/row'

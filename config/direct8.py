@@ -1,4 +1,5 @@
-# direct 8-bit training (paper 2, 2412.04787): int8 codes are the only weights, updated by stochastic rounding
+# direct 8-bit training (paper 2, 2412.04787): int8 codes are the only weights, moved by
+# stochastic rounding
 master = 'int8/row/stochastic'
 activations = 'int8/row'
 adam_m = 'int8/row'

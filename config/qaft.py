@@ -1,5 +1,5 @@
-# quantization-aware fine-tuning (paper 3, 2410.14570) of a checkpoint, --init_from=PATH: ten epochs
-# of 128 sequences with 4-bit weights in the forward; config/gptq.py --ptq=rtn then packs the result
+# quantization-aware fine-tuning (paper 3, 2410.14570) of a checkpoint, --init_from=PATH: ten
+# epochs of 128 sequences, 4-bit weights in the forward; config/gptq.py --ptq=rtn packs the result
 weights = 'int4/row'
 sequences = 128
 max_iters = 160     # of 8 sequences

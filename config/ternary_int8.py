@@ -1,4 +1,4 @@
-# ternary weights on an int8 master: the forward sees ternary, the optimizer moves 8-bit codes, no float copy
+# ternary weights on an int8 master: the optimizer moves 8-bit codes, there is no float copy
 weights = 'ternary/row/absmean'
 master = 'int8/row/stochastic'
 activations = 'int8/row'
