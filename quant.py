@@ -48,7 +48,7 @@ INTEGERS = {  # grid: (Qn, Qp), the lowest and the highest code
     'int6': (-32, 31), 'int7': (-64, 63), 'int8': (-128, 127), 'uint4': (0, 15), 'uint8': (0, 255),
 }
 FLOATS = {  # grid: (mantissa bits, smallest exponent, largest value, dtype of the codes)
-    'fp4': (1, 0, 6.0, torch.uint8),                        # e2m1, two codes a byte
+    'fp4': (1, 0, 6.0, torch.uint8),                        # e2m1, two codes per byte
     'fp8': (3, -6, 448.0, torch.float8_e4m3fn),
     'fp8e5': (2, -14, 57344.0, torch.float8_e5m2),
     'bf16': (7, -119, torch.finfo(torch.bfloat16).max, torch.bfloat16),   # has no scale
@@ -78,7 +78,7 @@ class Spec:
               nearest by the fourth root, and never from positive to zero)
     sign      asymmetric: a zero point z per group, x^ = (q + z) s, so that codes span [min, max]
     rotation  hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
-    packing   trits: five ternary codes a byte (3^5 = 243) instead of four
+    packing   trits: five ternary codes per byte (3^5 = 243) instead of four
     format    '', 'nvfp4' (fp4, blocks of 16, e4m3 scales under one float32 scale) or 'mxfp4' (fp4,
               blocks of 32, scales that are powers of two)
     """
@@ -289,8 +289,8 @@ BASE = {1: 256, 2: 16, 4: 4, 5: 3, 8: 2}        # so many digits of this base ar
 
 
 def pack(c, s):
-    """Codes (float32) to storage. Below 8 bits a byte holds several, of n bytes in a row the j-th
-    the codes j, j + n, j + 2n ..: that way packing and unpacking go through memory in order. Codes
+    """Codes (float32) to storage. Below 8 bits a byte holds several: of n bytes in a row the j-th
+    the codes j, j + n, j + 2n ..; that way packing and unpacking go through memory in order. Codes
     of 3, 5, 6 or 7 bits lie in two or three fields (`Spec.packs`), one behind the other."""
     if s.grid == 'fp4':
         a = c.abs()
@@ -468,11 +468,11 @@ class Recipe:
             if s is None or not s.factors or (s.grid in FLOATS) != fp8 or \
                     (s.group != 'row' if gradient else s.grid == 'fp8e5'):
                 kind = 'fp8' if fp8 else 'integers, symmetric and linear'
-                scales = 'a row' if gradient else 'a row or a tensor'
+                scales = 'row' if gradient else 'row or per tensor'
                 key, instead = ('backward', 'ste') if gradient or self.compute == 'float' else \
                     ('compute', 'float')
                 raise ValueError(f"{key} = '{getattr(self, key)}' multiplies codes: quantize "
-                                 f"{name} to {kind}, with a scale {scales}; or {key} = "
+                                 f"{name} to {kind}, with one scale per {scales}; or {key} = "
                                  f"'{instead}'")
         rotated = {s.rotation for s in codes.values()}
         if self.backward == 'requantize':           # the gradients meet only what goes by them
@@ -547,7 +547,7 @@ def operands(x, w, how, key):
 
 
 def _transpose(q):
-    """The transpose of a QTensor, a byte a code: what had a scale a column has one a row."""
+    """The transpose of a QTensor, a byte per code: scales of columns become those of rows."""
     codes = unpack(q.codes, q.spec, q.cols).T
     plain = Spec(q.spec.grid if q.spec.grid in FLOATS else 'int8', 'row')
     return QTensor(codes, q.scale.T, spec=plain, cols=codes.shape[1])
@@ -1014,7 +1014,7 @@ class AdamW:
                 group.g.zero_()
 
     def gradients(self):
-        """All there are, one a group or one a parameter."""
+        """All there are, one per group or one per parameter."""
         flat = [group.g for group in self.groups if group.g is not None]
         return flat or [p.grad for p in self.where if p.grad is not None]
 
@@ -1239,7 +1239,7 @@ def _held(tensors):
 
 def held(model, optimizer=None):
     """Bytes really held, read off the storages: {'weights', 'optimizer', 'gradients', 'linear'};
-    'linear' is the same three for the weights of Linear layers alone, in bytes a weight."""
+    'linear' is the same three for the weights of Linear layers alone, in bytes per weight."""
     groups, layers = optimizer.groups if optimizer else [], linears(model).values()
 
     def of(groups):

@@ -440,7 +440,7 @@ def test_all_three_matmuls_in_any_format(how):
 
 def test_folding_costs_where_tokens_differ_in_size():
     """dw folds the scales of the tokens of x into g: a few loud ones take the range of the others.
-    With a scale a column, x itself fares better; loud channels make no difference."""
+    With one scale per column, x itself fares better; loud channels make no difference."""
     def error(how, loud):
         x, g = normal(2048, 256), normal(2048, 128, seed=1)
         x[loud] *= 30
@@ -463,7 +463,7 @@ def test_folding_costs_where_tokens_differ_in_size():
     ({'compute': 'fp8', 'weights': 'fp8/row', 'activations': 'fp8e5/row'}, 'activations to fp8'),
     ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row'}, 'backward = .ste.'),
     ({'backward': 'fold', 'weights': 'int8/row', 'activations': 'int8/row',
-      'gradients': 'int8/tensor'}, 'gradients to integers, .* a scale a row; '),
+      'gradients': 'int8/tensor'}, 'gradients to integers, .* one scale per row; '),
     ({'backward': 'requantize', 'weights': 'int8/row'}, 'quantizes by gradients'),
     ({'compute': 'int8', 'weights': 'int8/row/hadamard', 'activations': 'int8/row'}, 'rotated'),
     ({'backward': 'fold', 'gradients': 'int8/row',
@@ -1395,7 +1395,7 @@ def test_a_run_is_never_overwritten_untold(small, tmp_path):
     resume = [*small, '--init_from=resume']
     assert 'trained with n_layer = 2, not 3' in error(*resume, '--n_layer=3')
     assert 'trained with weights' in error(*resume, '--weights=int8')
-    assert 'tokens a step' in error(*resume, '--batch_size=8')
+    assert 'tokens per step' in error(*resume, '--batch_size=8')
     assert 'no dataset' in error(*small, '--overwrite=True', '--dataset=nowhere')
     assert (tmp_path / 'run' / 'ckpt.pt').read_bytes() == before
     old = checkpoint(tmp_path / 'run')
@@ -1434,7 +1434,7 @@ def test_a_checkpoint_is_as_small_as_what_it_stores(small, tmp_path):
     train.main(['config/ternary.py', *small, '--n_embd=256', '--hidden=512'])
     path, model = tmp_path / 'run' / 'ckpt.pt', checkpoint(tmp_path / 'run')['model']
     packed = sum(t.nbytes for k, t in model.items() if k.startswith('h.') and k.endswith('codes'))
-    assert packed == 2 * (4 * 256 * 256 + 3 * 256 * 512) / 4            # two bits a weight
+    assert packed == 2 * (4 * 256 * 256 + 3 * 256 * 512) / 4            # two bits per weight
     assert path.stat().st_size < 1.5 * (packed * 4 + 12 * 256 * 256) + 100_000
 
 
@@ -1768,7 +1768,7 @@ def test_the_steps_of_the_scaling_experiment(tmp_path, monkeypatch, capsys):
     assert len(told) == 4 + 4 + 9 + 4 * 6 + 0 + 1 + 2 + 4                   # runs, then quantized
     assert (tmp_path / 'scaling-cpu.png').exists()
     found = scaling.read_fit(options)
-    assert 'bits a weight' in scaling.say_plan(found, options)[3]
+    assert 'bits per weight' in scaling.say_plan(found, options)[3]
 
 
 # ------------------------------------------------------------------------------------------------

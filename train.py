@@ -592,8 +592,8 @@ class Run:
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         if resuming:
             if checkpoint['tokens'] != self.tokens:
-                fail(f"the checkpoint was trained with {checkpoint['tokens']} tokens a step, not "
-                     f'{self.tokens}: processes x grad_accum x batch_size must stay the same')
+                fail(f"the checkpoint was trained with {checkpoint['tokens']} tokens per step, "
+                     f'not {self.tokens}: processes x grad_accum x batch_size must stay the same')
             if self.optimizer:
                 self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.step, self.seconds = checkpoint['iter'], checkpoint['seconds']
@@ -643,7 +643,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, most):
-        """Loss in nats a token and bits a byte over windows spread over val, of `most` tokens."""
+        """Loss, in nats per token and bits per byte, of windows all over val, of `most` tokens."""
         T, B, data = self.config.block_size, self.config.batch_size, self.val_data
         n = max(1, min(most // T, (len(data) - 1) // T))
         starts = np.linspace(0, len(data) - 1 - T, n).astype(np.int64)
@@ -800,12 +800,12 @@ class Run:
             return
         if self.config.ptq:
             path = run_files(self.config)[0]
-            log.say(f'{path}: {os.path.getsize(path) / 1e6:.1f} MB; bytes a weight of the blocks: '
-                    f'{size["linear"]["weights"]:.2f}')
+            log.say(f'{path}: {os.path.getsize(path) / 1e6:.1f} MB; bytes per weight of the '
+                    f'blocks: {size["linear"]["weights"]:.2f}')
             return
         each, mega = size['linear'], {k: f'{size[k] / 1e6:.1f} MB' for k in size if k != 'linear'}
         log.say('held: ' + ', '.join(f'{k} {v}' for k, v in mega.items()))
-        log.say('bytes a weight of the blocks: '
+        log.say('bytes per weight of the blocks: '
                 + ', '.join(f'{k} {v:.2f}' for k, v in each.items())
                 + f'; weights + optimizer {each["weights"] + each["optimizer"]:.2f}')
         if levels:

@@ -1,4 +1,4 @@
-# size: GPT-2 1.5B. 0.5M tokens a step on one GPU; with torchrun divide grad_accum by their number
+# size: GPT-2 1.5B. 0.5M tokens per step on one GPU; with torchrun divide grad_accum
 flavour = 'gpt2'
 n_layer = 48
 n_head = 25

@@ -268,7 +268,7 @@ def peer(name):
 
 def flops_time(args, vocab, blocks, rest):
     """Seconds of the matmuls of a training step at the rates of two kinds: block linears, and head
-    and causal attention. Six operations a weight and token; a gpt2's shape."""
+    and causal attention. Six operations per weight and token; a gpt2's shape."""
     c = parse(args)
     tokens, linear = c.batch_size * c.block_size, 12 * c.n_layer * c.n_embd ** 2
     other = c.n_embd * vocab + c.n_layer * c.n_embd * c.block_size

@@ -65,7 +65,7 @@ def groups():
 
 
 def table(results):
-    """Mean and standard deviation over seeds, and the bytes a weight of the blocks, by name."""
+    """Mean and standard deviation over seeds, and the bytes per weight of the blocks, by name."""
     print('| run | seeds | val loss, nats/token | bits/byte | bytes: weight + optimizer |')
     print('|---|---|---|---|---|')
     for name in dict.fromkeys(r['name'] for r in results):

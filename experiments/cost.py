@@ -1,8 +1,8 @@
 """
 What training costs against the size of the model and the context: python -m experiments.cost
 
-Seconds a token and bytes a weight of the blocks, by strategy, of a gpt2 of 2 layers, as train.py
-runs it on this machine. The strategies of a point take turns in one process. Writes
+Seconds per token and bytes per weight of the blocks, by strategy, of a gpt2 of 2 layers, as
+train.py runs it on this machine. The strategies of a point take turns in one process. Writes
 experiments/results/cost-<machine>.json, and cost.png from it; --plot=FILE only draws.
 """
 import argparse
@@ -71,7 +71,7 @@ def plot(path):
     panels[0].set_yticks(ticks, [f'{t:g}' for t in ticks])
     panels[0].set_ylabel('microseconds a token of training')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
-                  title='bytes a weight of the blocks: weights + optimizer states')
+                  title='bytes per weight of the blocks: weights + optimizer states')
     figure.suptitle(f'Time a token: {data["gpu"] or data["machine"]}, torch '
                     f'{data["versions"]["torch"]}, {data["date"]}')
     figure.savefig(RESULTS / 'cost.png', dpi=120)

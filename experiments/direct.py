@@ -110,7 +110,7 @@ def rows(size='small'):
             'fixed scales': 'scale_lr=0', 'no cool-down': 'min_lr=1',
             'steps in weight space': in_weight_space,
             'scale gain .35': 'init_gain=.35', 'scale gain 1.4': 'init_gain=1.4',
-            'a scale a tensor': 'master=ternary/tensor/absmean/stochastic'},
+            'one scale per tensor': 'master=ternary/tensor/absmean/stochastic'},
         'ideas': {**{name: f'idea={name}' for name in (
             'estimated', 'feedback', 'squared', 'sticky', 'attention', 'growth')},
             **{name: f'idea={name} code_lr=.02' for name in ('sign', 'muon')}}}
@@ -146,7 +146,7 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
 
 
 def draw(results, path):
-    """Loss against the bytes a weight really held, and the flips a step over time."""
+    """Loss against the bytes per weight really held, and the flips per step over time."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
@@ -166,7 +166,7 @@ def draw(results, path):
         left.annotate(name, (size, mean), xytext=(5, 3), textcoords='offset points', fontsize=7)
     ticks = [0.5, 1, 1.5, 2, 3, 4, 6, 8, 12]
     left.set(xscale='log', xlabel='bytes held for a weight: itself and optimizer states',
-             ylabel='validation loss, nats/token', title='Loss against bytes a weight')
+             ylabel='validation loss, nats/token', title='Loss against bytes per weight')
     left.set_xticks(ticks, [f'{t:g}' for t in ticks])
     left.minorticks_off()
     left.grid(alpha=0.3)

@@ -36,7 +36,7 @@ def rows():
                for group in ('tensor', 'row', '32')]
     weights += [f'weights=ternary/{group}/absmean' for group in ('tensor', 'row', '32')]
     activations = [f'activations={grid}/{group}' for grid in ('int8', 'int4')
-                   for group in ('row', 'tensor', 'column')]        # row: a scale a token
+                   for group in ('row', 'tensor', 'column')]        # row: one scale per token
     gradients = [f'gradients={grid}/row/{rounding} gradients_in={where}'
                  for grid in ('int8', 'int4')
                  for rounding in ('nearest', 'stochastic') for where in ('dw', 'dx', 'both')]
@@ -76,11 +76,11 @@ G = 'gradients={}/row/{} gradients_in=both'.format
 BEST_W4A4 = 'W4A4 int4/row/hadamard/mse'
 BEST_W4A4G4 = 'W4A4 int4/32/hadamard, G4 int4/32/hadamard/stochastic'
 CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a) against loss(b)
-    ('1', '8-bit weights, a scale a row, match the baseline', 'weights=int8/row', '<=', 1, BASE),
-    ('1', '8-bit weights, a scale a tensor, too', 'weights=int8/tensor', '<=', 1, BASE),
+    ('1', '8-bit weights match the baseline, per row', 'weights=int8/row', '<=', 1, BASE),
+    ('1', '8-bit weights do so per tensor', 'weights=int8/tensor', '<=', 1, BASE),
     ('1', '4-bit weights are worse', 'weights=int4/row', '>=', 0, BASE),
-    ('1', 'a scale a tensor is worst', 'weights=int4/tensor', '>=', 0, 'weights=int4/row'),
-    ('2', '8-bit activations, a scale a token, are close', 'activations=int8/row', '<=', 1, BASE),
+    ('1', 'one scale per tensor is worst', 'weights=int4/tensor', '>=', 0, 'weights=int4/row'),
+    ('2', '8-bit activations are close, per token', 'activations=int8/row', '<=', 1, BASE),
     ('2', '4-bit activations are not', 'activations=int4/row', '>=', 1, BASE),
     ('3', '8-bit gradients, to nearest, hurt', G('int8', 'nearest'), '>=', 0, BASE),
     ('3', '4 bits more', G('int4', 'nearest'), '>=', 1, G('int8', 'nearest')),
@@ -89,7 +89,7 @@ CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a)
     ('4', '4-bit m is free', 'adam_m=int4/row', '<=', 1, BASE),
     # with the paper's own scale and betas: added after the claim below had come out at +.12 %
     ('4', 'linear 8-bit v blows up', 'adam_v=uint8/tensor beta2=0.999', '>=', 5, 'beta2=0.999'),
-    ('4', 'also with a scale a row and the betas (.9, .95)', 'adam_v=uint8/row', '>=', 5, BASE),
+    ('4', 'also per row and with betas (.9, .95)', 'adam_v=uint8/row', '>=', 5, BASE),
     ('ours', '8-bit v by its fourth root is free', 'adam_v=uint8/64/root4', '<=', 1, BASE),
     ('ours', '4-bit v by its fourth root is free', 'adam_v=uint4/64/root4', '<=', 1, BASE),
     ('5', 'W8A8 keeps quality', 'config/w8a8.py', '<=', 1, BASE),
@@ -133,7 +133,7 @@ def gradients(run, x, y, **how):
 
 
 def cosines(run, x, y):
-    """{recipe: [cos(dw, dw quantized), one a layer]}"""
+    """{recipe: [cos(dw, dw quantized), one per layer]}"""
     recipes = {'W8A8': {'weights': 'int8/row', 'activations': 'int8/row'},
                'G8, nearest': {'gradients': 'int8/row'},
                'G8, stochastic': {'gradients': 'int8/row/stochastic'},
@@ -240,7 +240,7 @@ def post_training(run):
 
 
 def analyse(jobs, size):
-    """Every analysis, as a dict for the JSON file; jobs {name: [Job, one a seed]}, size the
+    """Every analysis, as a dict for the JSON file; jobs {name: [Job, one per seed]}, size the
     arguments they have in common."""
     run, x, y = look_at(jobs[BASE][0])
     n = run.config.batch_size
@@ -359,7 +359,7 @@ def draw_analysis(found, path):
              .replace('mlp.c_proj', 'down').replace('c_proj', 'out') for n in found['layers']]
     for k, offset in (('weights', -0.2), ('activations', 0.2)):
         b.bar([p + offset for p in places], [found['snr'][n][k] for n in found['layers']], 0.4,
-              label=f'int4 {k}, a scale a row')
+              label=f'int4 {k}, one scale per row')
     b.set(title='What 4 bits do to each layer (more is better)', ylabel='signal to noise, dB')
     b.set_xticks(places, short, rotation=90, fontsize=7)
     b.set_ylim(0, 30)

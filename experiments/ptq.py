@@ -304,8 +304,8 @@ def draw(losses, surveys, stem):
         axis.set_yscale('symlog', linthresh=0.01)
         axis.set_yticks(*zip(*((y, f'{y:g}') for y in (-.01, 0, .01, .03, .1, .3, 1, 3))))
         axis.minorticks_off()
-        axis.set(title=f'{size} model, {full:.3f} nats in full precision', xlabel='bits a weight',
-                 ylabel='rise of the loss, nats/token', xticks=BITS)
+        axis.set(title=f'{size} model, {full:.3f} nats in full precision', xticks=BITS,
+                 xlabel='bits per weight', ylabel='rise of the loss, nats/token')
         axis.legend(fontsize=8)
     axes[-1].set(xscale='log', yscale='log', xlabel='local error, |(Q - W) X|^2 / |W X|^2',
                  title='Less local error is not less loss', ylabel='rise of the loss, nats/token')
@@ -363,7 +363,7 @@ def table_lines(loss, rates):
 
 
 def train_size(size, options):
-    """Everything of one size that trains: ({what: [Job, one a seed]}, {bits: rate of QAFT})."""
+    """Everything of one size that trains: ({what: [Job, one per seed]}, {bits: rate of QAFT})."""
     path, jobs = RESULTS / 'ptq.jsonl', jobs_of(size)
     keep = [job.name for job in jobs.values()]
     base, todo = jobs['base'], list(jobs.values())

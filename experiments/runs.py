@@ -245,8 +245,8 @@ def claim_lines(results, claims):
 
 
 def table(results, reference, names=None):
-    """Lines of a markdown table: loss over seeds, difference from `reference`, bytes a weight."""
-    lines = ['| run | seeds | val loss, nats/token | difference | bytes a weight + states |',
+    """Lines of a markdown table: loss over seeds, difference from `reference`, and bytes."""
+    lines = ['| run | seeds | val loss, nats/token | difference | bytes: weight + states |',
              '|---|---|---|---|---|']
     for name in names or dict.fromkeys(r['name'] for r in results):
         rows = [r for r in results if r['name'] == name]

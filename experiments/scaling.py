@@ -13,8 +13,8 @@ N is the number of weights of the block linears, D of tokens (bytes here) traine
     N_eff = N prod over x of f_x(P_x),  f_x(P) = 1 - exp(-P / gamma_x + n_x)
     delta = C_T D^gamma_D N_eff^-gamma_N exp(-P_post / gamma_post) (1 - exp(-C_w (P_w - P_post)))
 
-x is what training quantizes: weights (w, a scale a row), activations (a: a scale a tensor, as in
-the paper; token: a scale a token) and keys and values (kv), in the forward, as in the paper. delta
+x is what training quantizes: weights (w, one scale per row), activations (a: one per tensor, as in
+the paper; token: one per token) and keys and values (kv), in the forward, as in the paper. delta
 is what quantizing to P_post bits after training adds, 0 if training was in as few. Direct training
 of packed weights, which the paper has not, is reported as an equivalent N_eff.
 
@@ -76,7 +76,7 @@ def n_eff(c, N, **bits):
 
 
 def trained(c, N, D, **bits):
-    """A N_eff^-alpha + B D^-beta + E, nats a token."""
+    """A N_eff^-alpha + B D^-beta + E, nats per token."""
     return c['A'] * n_eff(c, N, **bits) ** -c['alpha'] + c['B'] * D ** -c['beta'] + c['E']
 
 
@@ -353,7 +353,7 @@ def points_of(results, size, how='gptq'):
 
 
 def noise_of(points):
-    """Standard deviation of the loss over seeds, nats a token; None where no run has two."""
+    """Standard deviation of the loss over seeds, nats per token; None where no run has two."""
     groups = {}
     for p in points:
         if 'post' not in p:
@@ -421,7 +421,7 @@ def score(told, points, before, noise, bars):
 
 
 def claims(points, noise):
-    """[(claim, verdict, numbers)] of the paper's qualitative findings; gaps in nats a token."""
+    """[(claim, verdict, numbers)] of the paper's qualitative findings; gaps in nats per token."""
     once = [p for p in points if p['seed'] == 1]
     after = [p for p in once if 'post' in p and 'w' not in p]
     excess_of = lambda some: {(p['N'], p['D'], p['post']): p['loss'] - p['full'] for p in some}
@@ -453,7 +453,7 @@ def claims(points, noise):
         say(f'training with {fewer}-bit weights costs more than with {more}',
             *([excess.get(('w', bits, N)) for N in sizes] for bits in (fewer, more)))
     for bits in (3, 4):
-        say(f'{bits}-bit activations, a scale a tensor, cost more than {bits}-bit weights',
+        say(f'{bits}-bit activations, per tensor, cost more than {bits}-bit weights',
             *([excess.get((x, bits, N)) for N in sizes] for x in ('a', 'w')))
     worst = max(abs(x) for (_, _, bits), x in extra.items() if bits == 8)
     found.append(('8 bits after training are within the noise of seeds', 'PASS'
@@ -490,7 +490,7 @@ def say_plan(found, options):
         raise SystemExit(f'{options.memory:g} bytes are too few: give --memory=1e3 or more')
     others, lines = [plan(c, *ask) for c in found['bootstrap']], []
     for i, (name, form) in enumerate((('loss, nats', '{:.3f}'), ('N, weights', '{:.3g}'),
-                                      ('D, tokens', '{:.3g}'), ('bits a weight', '{:.0f}'))):
+                                      ('D, tokens', '{:.3g}'), ('bits per weight', '{:.0f}'))):
         low, high = map(form.format, interval([other[i] for other in others]))
         lines.append(f'{name:14}{form.format(best[i])}, 90 % of the bootstrap {low} to {high}')
     largest = found['largest']
@@ -645,8 +645,8 @@ def draw(c, fits, points, held, told, path):
           title='Loss; dashed: quantized to 3 bits afterwards, dotted: 2', ylim=(None, min(
               3.5, max(p['loss'] for p in plain(everything)) + 0.5)))
     a.legend(fontsize=8)
-    for i, (x, name) in enumerate((('w', 'weights'), ('a', 'activations, a scale a tensor'),
-                                   ('token', 'activations, a scale a token'), ('kv', 'k and v'))):
+    for i, (x, name) in enumerate((('w', 'weights'), ('a', 'activations, per tensor'),
+                                   ('token', 'activations, per token'), ('kv', 'k and v'))):
         mine = [p for p in everything if x in p and 'post' not in p]
         b.plot([p[x] for p in mine], [max(p['loss'] - p['full'], 1e-4) for p in mine], 'os^v'[i],
                color=f'C{i}', ms=4, label=name)
@@ -684,7 +684,7 @@ def draw(c, fits, points, held, told, path):
             [(c, {'color': 'C0', 'lw': 2})]:
         if 'gamma_w' in fitted:
             g.plot(compute, [plan(fitted, C)[3] for C in compute], **style)
-    g.set(xscale='log', xlabel='compute, (6/16) N D P', ylabel='bits a weight', ylim=(0, 17),
+    g.set(xscale='log', xlabel='compute, (6/16) N D P', ylabel='bits per weight', ylim=(0, 17),
           title='Best precision of weights; grey: bootstrap')
     if 'C_T' in c:
         N = np.geomspace(sizes[0], 1e3 * sizes[-1])
