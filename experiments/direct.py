@@ -48,9 +48,9 @@ TRIES = {
                RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
                RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
                'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=3e-3'],
-        BITNET: [RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
+        BITNET: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+                 RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
                  RECIPE + 'learning_rate=15e-3 embedding_lr=6e-3 ramp=40 threshold=2',
-                 RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
                  RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
                  RECIPE + 'learning_rate=3e-3 embedding_lr=6e-3',
                  'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3',
@@ -59,7 +59,8 @@ TRIES = {
                   'learning_rate=6e-3 code_lr=.1 threshold=1 ramp=20']}}
 TRIES['large'] = {      # scaled down from there, not tried
     BASE: [RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
-    BITNET: [RECIPE + 'learning_rate=2e-3 embedding_lr=4e-3 ramp=40 threshold=1'],
+    BITNET: [RECIPE + 'learning_rate=2e-3 embedding_lr=4e-3 ramp=40 threshold=1',
+             RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
     TERNARY: ['learning_rate=4e-3']}
 TRIES['gpt2'] = {
     BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4'],
