@@ -91,9 +91,10 @@ def rows(size='small'):
             'round to nearest': 'master=ternary/row/absmean',
             'frozen random ternary': 'master=ternary/row/absmean code_lr=1e-6 scale_lr=0'},
         'masters': {f'{grid} master': keys for grid, keys in masters.items()},
-        'ternary forward': {f'{grid} master, ternary forward':
-                            f'{keys} weights=ternary/row/absmean'.replace('=.06', '=.1')
-                            for grid, keys in masters.items()},
+        'ternary forward': {        # which wants longer steps
+            f'{grid} master, ternary forward':
+            f'{keys} weights=ternary/row/absmean'.replace('code_lr=.06', 'code_lr=.1')
+            for grid, keys in masters.items()},
         'states': {
             'm and v float32': 'adam_m= adam_v=',
             'm and v bf16': 'adam_m=bf16 adam_v=bf16',
