@@ -56,7 +56,8 @@ TRIES = {
                  'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3',
                  'learning_rate=3e-3 embedding_lr=3e-3'],
         TERNARY: ['learning_rate=6e-3', 'learning_rate=12e-3', 'learning_rate=6e-3 code_lr=.4',
-                  'learning_rate=6e-3 code_lr=.1 threshold=1 ramp=20']}}
+                  'learning_rate=6e-3 code_lr=.1 threshold=1 ramp=20',
+                  'learning_rate=6e-3 scale_lr=0', 'learning_rate=6e-3 ramp=0']}}
 TRIES['large'] = {      # scaled down from there, not tried
     BASE: [RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
     BITNET: [RECIPE + 'learning_rate=2e-3 embedding_lr=4e-3 ramp=40 threshold=1',
@@ -153,20 +154,25 @@ def draw(results, path):
     matplotlib.use('Agg')
     from matplotlib import pyplot
     fig, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout='constrained')
-    names = [n for section, names in rows().items() for n in names
-             if section in ('hard', 'masters', 'ternary forward', 'states') and losses(results, n)]
-    least = min(statistics.mean(losses(results, n).values()) for n in names)
-    for name in names:
-        values = list(losses(results, name).values())
-        mean = statistics.mean(values)
-        if mean > 1.15 * least:                                 # off the page
-            continue
-        held = next(r for r in results if r['name'] == name)['bytes']['linear']
-        size = held['weights'] + held['optimizer']
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-        left.errorbar(size, mean, error, fmt='o', capsize=2)
-        left.annotate(name, (size, mean), xytext=(5, 3), textcoords='offset points', fontsize=7)
+    kinds = {   # section: (in the legend, where a name is written beside its point)
+        'hard': ('', (-6, 4), 'right'), 'masters': ('direct, on its own grid', (6, 2), 'left'),
+        'ternary forward': ('direct, with a ternary forward', (6, 2), 'left'),
+        'states': ('direct ternary, other states', (0, 14), 'center')}
+    for color, (section, (label, at, side)) in zip(('k', 'C0', 'C1', 'C2'), kinds.items()):
+        for name in rows()[section]:
+            values = list(losses(results, name).values())
+            if not values:
+                continue
+            held = next(r for r in results if r['name'] == name)['bytes']['linear']
+            point = held['weights'] + held['optimizer'], statistics.mean(values)
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+            left.errorbar(*point, error, fmt='o', capsize=2, color=color, label=label)
+            left.annotate(name.replace(', ternary forward', '').replace(' master', ''), point,
+                          xytext=at, ha=side, textcoords='offset points', fontsize=8, color=color)
+            label = ''
     ticks = [0.5, 1, 1.5, 2, 3, 4, 6, 8, 12]
+    if left.get_legend_handles_labels()[1]:
+        left.legend(fontsize=8)
     left.set(xscale='log', xlabel='bytes held for a weight: itself and optimizer states',
              ylabel='validation loss, nats/token', title='Loss against bytes per weight')
     left.set_xticks(ticks, [f'{t:g}' for t in ticks])
