@@ -28,21 +28,24 @@ TRIES = {
     'small': {
         BASE: ['learning_rate=1.5e-3 embedding_lr=12e-3',
                'learning_rate=1.5e-3 embedding_lr=24e-3',
-               'learning_rate=1.5e-3 embedding_lr=48e-3', 'learning_rate=2e-3 embedding_lr=12e-3',
+               'learning_rate=1.5e-3 embedding_lr=48e-3',
+               'learning_rate=1.5e-3 embedding_lr=96e-3', 'learning_rate=2e-3 embedding_lr=12e-3',
                'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=.75e-3 embedding_lr=6e-3',
                RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3'],
-        BITNET: ['learning_rate=4e-3 embedding_lr=24e-3', 'learning_rate=3e-3 embedding_lr=12e-3',
+        BITNET: ['learning_rate=4e-3 embedding_lr=48e-3', 'learning_rate=3e-3 embedding_lr=12e-3',
                  'learning_rate=3e-3 embedding_lr=6e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
                  'learning_rate=4e-3 embedding_lr=12e-3', 'learning_rate=6e-3 embedding_lr=24e-3',
-                 'learning_rate=4e-3 embedding_lr=48e-3',
+                 'learning_rate=4e-3 embedding_lr=24e-3', 'learning_rate=4e-3 embedding_lr=96e-3',
+                 'learning_rate=6e-3 embedding_lr=96e-3',
                  'learning_rate=4e-3 embedding_lr=24e-3 beta2=.999',
                  'learning_rate=4e-3 embedding_lr=24e-3 weights=ternary/row/absmean',
                  'learning_rate=4e-3 embedding_lr=48e-3 weights=ternary/row/absmean',
                  'learning_rate=12e-3 embedding_lr=24e-3 ramp=40 threshold=1',
                  RECIPE + 'learning_rate=4e-3 embedding_lr=24e-3'],
-        TERNARY: ['learning_rate=24e-3', 'learning_rate=12e-3', 'learning_rate=48e-3',
-                  'learning_rate=96e-3', 'learning_rate=48e-3 code_lr=.4',
-                  'learning_rate=48e-3 scale_lr=0',
+        TERNARY: ['learning_rate=96e-3', 'learning_rate=12e-3', 'learning_rate=24e-3',
+                  'learning_rate=48e-3', 'learning_rate=48e-3 code_lr=.4',
+                  'learning_rate=48e-3 scale_lr=0', 'learning_rate=96e-3 scale_lr=0',
+                  'learning_rate=192e-3 scale_lr=0', 'learning_rate=96e-3 scale_lr=0 ramp=0',
                   'learning_rate=48e-3 scale_lr=0 master=ternary/tensor/absmean/stochastic',
                   'learning_rate=24e-3 code_lr=.1 threshold=1 ramp=20',
                   'learning_rate=24e-3 code_lr=.2 threshold=1.5 ramp=20',
@@ -75,7 +78,9 @@ TRIES['large'] = {      # scaled down from there, not tried
 TRIES['gpt2'] = {
     BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4'],
     TERNARY: ['learning_rate=2e-3']}
-EMBEDDINGS = {'small': '12e-3', 'default': '6e-3', 'large': '4e-3', 'gpt2': '6e-4'}  # of masters
+EMBEDDINGS = {  # the rates of masters on their own grid, and under a ternary forward
+    'small': ('12e-3', '48e-3'), 'default': ('6e-3', '6e-3'), 'large': ('4e-3', '4e-3'),
+    'gpt2': ('6e-4', '6e-4')}
 
 
 def rows(size='small'):
@@ -87,24 +92,25 @@ def rows(size='small'):
     in_weight_space = f'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0 {embedding}'
 
     # the threshold is for evidence on few levels; bf16 has no codes to count in
-    plainly = f'init_gain=0 threshold=0 ramp=20 learning_rate={EMBEDDINGS[size]}'
+    plainly = 'init_gain=0 threshold=0 ramp=20 learning_rate='
     masters = {'int2': 'master=int2/row/absmean/stochastic code_lr=.1',
                'int3': 'master=int3/row/stochastic code_lr=.06',
                'int4': 'master=int4/row/stochastic code_lr=.06',
                'int8': 'master=int8/row/stochastic code_lr=.06',
                'int8 absmean': 'master=int8/row/absmean/stochastic code_lr=.06',
-               'bf16': 'master=bf16/stochastic compute=float code_lr=0 learning_rate=1.5e-3 '
-                       f'embedding_lr={EMBEDDINGS[size]} weight_decay=0'}
-    masters = {grid: f'{plainly} {keys}' for grid, keys in masters.items()}
+               'bf16': 'master=bf16/stochastic compute=float code_lr=0 weight_decay=0 '
+                       'learning_rate=1.5e-3 embedding_lr='}
+    own, ternary = ({grid: f'{plainly}{rate} {keys}{rate if grid == "bf16" else ""}'
+                     for grid, keys in masters.items()} for rate in EMBEDDINGS[size])
     changes = {     # against direct ternary
         'controls': {
             'round to nearest': 'master=ternary/row/absmean',
             'frozen random ternary': 'master=ternary/row/absmean code_lr=1e-6 scale_lr=0'},
-        'masters': {f'{grid} master': keys for grid, keys in masters.items()},
+        'masters': {f'{grid} master': keys for grid, keys in own.items()},
         'ternary forward': {        # which wants longer steps
             f'{grid} master, ternary forward':
             f'{keys} weights=ternary/row/absmean'.replace('code_lr=.06', 'code_lr=.1')
-            for grid, keys in masters.items()},
+            for grid, keys in ternary.items()},
         'states': {
             'm and v float32': 'adam_m= adam_v=',
             'm and v bf16': 'adam_m=bf16 adam_v=bf16',

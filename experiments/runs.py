@@ -223,7 +223,8 @@ def verdict(results, a, b, sign, percent):
     mean, error = compare(results, a, b)
     margin = (percent - mean) * (1 if sign == '<=' else -1)
     seeds = len(losses(results, a).keys() & losses(results, b).keys())
-    numbers = f'{mean:+.2f} ± {error:.2f} %, wanted {sign} {percent:+g} %'
+    spread = ' %, one seed' if math.isnan(error) else f' ± {error:.2f} %'
+    numbers = f'{mean:+.2f}{spread}, wanted {sign} {percent:+g} %'
     return decide(margin, error, seeds), numbers
 
 
