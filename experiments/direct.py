@@ -53,18 +53,19 @@ TRIES = {
                   'learning_rate=24e-3 threshold=2.5', 'learning_rate=24e-3 ramp=20',
                   'learning_rate=24e-3 ramp=0']},
     'default': {
-        BASE: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+        BASE: [RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
+               RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
                RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
-               RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
                RECIPE + 'learning_rate=.4e-3 embedding_lr=6e-3',
                RECIPE + 'learning_rate=.75e-3 embedding_lr=12e-3',
                'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=3e-3'],
-        BITNET: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+        BITNET: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3',
+                 RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
+                 RECIPE + 'learning_rate=1.5e-3 embedding_lr=24e-3',
                  RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
                  RECIPE + 'learning_rate=15e-3 embedding_lr=6e-3 ramp=40 threshold=2',
                  RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
                  RECIPE + 'learning_rate=3e-3 embedding_lr=6e-3',
-                 RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3',
                  'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3',
                  'learning_rate=3e-3 embedding_lr=3e-3'],
         TERNARY: ['learning_rate=6e-3', 'learning_rate=12e-3', 'learning_rate=6e-3 code_lr=.4',
@@ -170,9 +171,9 @@ def draw(results, path):
     from matplotlib import pyplot
     fig, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout='constrained')
     kinds = {   # section: (in the legend, where a name is written beside its point)
-        'hard': ('', (-6, 4), 'right'), 'masters': ('direct, on its own grid', (6, 2), 'left'),
-        'ternary forward': ('direct, with a ternary forward', (6, 2), 'left'),
-        'states': ('direct ternary, other states', (0, 14), 'center')}
+        'hard': ('', (-6, 4), 'right'), 'masters': ('direct, on its own grid', (5, -10), 'left'),
+        'ternary forward': ('direct, with a ternary forward', (5, 3), 'left'),
+        'states': ('direct ternary, other states', (0, 16), 'center')}
     for color, (section, (label, at, side)) in zip(('k', 'C0', 'C1', 'C2'), kinds.items()):
         for name in rows()[section]:
             values = list(losses(results, name).values())
@@ -183,7 +184,7 @@ def draw(results, path):
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
             left.errorbar(*point, error, fmt='o', capsize=2, color=color, label=label)
             left.annotate(name.replace(', ternary forward', '').replace(' master', ''), point,
-                          xytext=at, ha=side, textcoords='offset points', fontsize=8, color=color)
+                          xytext=at, ha=side, textcoords='offset points', fontsize=7, color=color)
             label = ''
     ticks = [0.5, 1, 1.5, 2, 3, 4, 6, 8, 12]
     if left.get_legend_handles_labels()[1]:
@@ -211,7 +212,7 @@ def main(options):
     size, seeds = [*SIZES[options.size], '--eval_interval=1000'], range(1, options.seeds + 1)
     jobs = {section: [Job(name, [*size, *arguments(text)], seed) for seed in seeds
                       for name, text in sections[section].items()
-                      if section not in ('tune', 'ideas') or seed == 1] for section in sections}
+                      if section != 'tune' or seed == 1] for section in sections}
     path = stem.with_suffix('.jsonl')
     run_all(path, [job for section in options.sections for job in jobs[section]], options.jobs)
     results = results_of(path, [job for section in sections for job in jobs[section]])
