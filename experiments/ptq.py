@@ -302,13 +302,14 @@ def draw(losses, surveys, stem):
         axis.axhline(statistics.mean(loss['control']) - full, color='0.4', ls='--', lw=1,
                      label='fine-tuned in full precision')
         axis.set_yscale('symlog', linthresh=0.01)
-        axis.set_yticks(*zip(*((y, f'{y:g}') for y in (-.01, 0, .01, .03, .1, .3, 1, 3))))
+        axis.set_yticks(*zip(*((y, f'{y:g}') for y in (0, .01, .03, .1, .3, 1))))
         axis.minorticks_off()
         axis.set(title=f'{size} model, {full:.3f} nats in full precision', xticks=BITS,
-                 xlabel='bits per weight', ylabel='rise of the loss, nats/token')
+                 ylim=(-0.003, 1.2), xlabel='bits per weight', ylabel='rise of the loss, nats/token')
         axis.legend(fontsize=8)
     axes[-1].set(xscale='log', yscale='log', xlabel='local error, |(Q - W) X|^2 / |W X|^2',
-                 title='Less local error is not less loss', ylabel='rise of the loss, nats/token')
+                 title='Local error and loss; numbers are bits',
+                 ylabel='rise of the loss, nats/token')
     for axis in axes:
         axis.grid(alpha=0.3)
     fig.savefig(stem.with_suffix('.png'), dpi=120)
@@ -339,9 +340,9 @@ def draw(losses, surveys, stem):
     for axis, (size, survey) in zip(axes[0], surveys.items()):
         plane = survey['plane']
         x, y = ([g * unit for g in plane['grid']] for unit in plane['units'])
-        levels = [0.001, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-        found = axis.contourf(x, y, np.array(plane['rise']).clip(1e-3), levels=levels, norm='log',
-                              extend='both', cmap='viridis_r')
+        levels = [-0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5]
+        found = axis.contourf(x, y, plane['rise'], levels=levels, extend='both', cmap='viridis_r',
+                              norm='symlog')
         for name, at in (('full precision', (0, 0)), ('GPTQ', plane['GPTQ']),
                          ('QAFT', plane['QAFT'])):
             axis.plot(*at, 'ko', ms=4)
