@@ -3,13 +3,14 @@ Post-training quantization against quantization-aware fine-tuning (paper 3, 2410
 
     python -m experiments.ptq                   two sizes, 3 seeds, under 90 minutes on two cores
     python -m experiments.ptq --sizes small     one of them, printed only
+    python -m experiments.ptq --sequences=1024  with eight times the data, in as many steps
 
 A model of each size is trained in full precision, then brought to 8, 6, 4, 3 and 2 bits: rounded
 to nearest (RTN), by GPTQ, and by fine-tuning with quantized weights (QAFT). The last two see the
 same 128 sequences, of which a seed is a choice, and so does a control, fine-tuning in full
-precision. Learning rates are chosen on one half of the validation data, losses are of the other.
-P1 to P6 were written before anything ran. Writes experiments/results/ptq.jsonl (one line a run;
-finished ones are skipped), ptq-analysis.json, ptq.md and three .png.
+precision. Learning rates and steps are chosen on one half of the validation data, losses are of
+the other. P1 to P6 were written before anything ran. Writes experiments/results/ptq.jsonl (one
+line a run; finished ones are skipped), ptq-analysis.json, ptq.md and three .png, or ptq-1024-*.
 """
 import argparse
 import json
@@ -27,15 +28,16 @@ from train import to_batch
 
 BITS = 8, 6, 4, 3, 2
 GRID = 'int{}/row/mse'      # of all methods; absmax would leave two bits with three levels in use
-RATES = '1e-5', '3e-5', '1e-4', '3e-4', '1e-3'
+TRIES = [(rate, steps) for steps in (40, 160)       # of 8 sequences: 2.5 and 10 epochs of 128
+         for rate in ('1e-5', '3e-5', '1e-4', '3e-4', '1e-3')]
 METHODS = 'RTN', 'GPTQ', 'QAFT'
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
 BASES = {'small': 'learning_rate=1.5e-3 embedding_lr=6e-3 max_iters=4000 warmup_iters=100',
          'default': 'learning_rate=1.5e-3 embedding_lr=6e-3 max_iters=4000'}
 
 
-def jobs_of(size):
-    """{what: Job} of seed 1: the base, and all that is made of it, by bits and method or rate."""
+def jobs_of(size, sequences=128):
+    """{what: Job} of seed 1: the base, and all that is made of it, by bits and method or try."""
     shape = [*SIZES[size], '--eval_interval=100000', '--final_tokens=32768']
     base = Job(f'{size} base', [*shape, *arguments(BASES[size])], 1)
     start = [*shape, f'--init_from={base.folder.relative_to(ROOT)}/ckpt.pt']
@@ -44,15 +46,19 @@ def jobs_of(size):
     def add(what, name, text):
         jobs[what] = Job(f'{size} {name}', [*start, *arguments(text)], 1)
 
-    for rate in RATES:
-        tune = f'config/qaft.py batch_size=8 learning_rate={rate}'
-        add(('control', rate), f'control {rate}', f'{tune} weights=')
+    for rate, steps in TRIES:
+        tune = f'config/qaft.py batch_size=8 learning_rate={rate} max_iters={steps} ' \
+            f'warmup_iters={steps // 10} sequences={sequences}'
+        how = f'{rate}, {steps} steps of {sequences}'
+        add(('control', (rate, steps)), f'control {how}', f'{tune} weights=')
         for bits in BITS:
-            add((bits, rate), f'{bits}-bit QAFT {rate}', f'{tune} weights={GRID.format(bits)}')
+            add((bits, (rate, steps)), f'{bits}-bit QAFT {how}',
+                f'{tune} weights={GRID.format(bits)}')
     for bits in BITS:
-        for how in ('RTN', 'GPTQ'):
-            add((bits, how), f'{bits}-bit {how}',
-                f'config/gptq.py ptq={how.lower()} master={GRID.format(bits)}')
+        grid = f'master={GRID.format(bits)}'
+        add((bits, 'RTN'), f'{bits}-bit RTN', f'config/gptq.py ptq=rtn {grid}')
+        add((bits, 'GPTQ'), f'{bits}-bit GPTQ of {sequences}',
+            f'config/gptq.py {grid} sequences={sequences}')
     return jobs
 
 
@@ -305,7 +311,8 @@ def draw(losses, surveys, stem):
         axis.set_yticks(*zip(*((y, f'{y:g}') for y in (0, .01, .03, .1, .3, 1))))
         axis.minorticks_off()
         axis.set(title=f'{size} model, {full:.3f} nats in full precision', xticks=BITS,
-                 ylim=(-0.003, 1.2), xlabel='bits per weight', ylabel='rise of the loss, nats/token')
+                 ylim=(-0.003, 1.2), xlabel='bits per weight',
+                 ylabel='rise of the loss, nats/token')
         axis.legend(fontsize=8)
     axes[-1].set(xscale='log', yscale='log', xlabel='local error, |(Q - W) X|^2 / |W X|^2',
                  title='Local error and loss; numbers are bits',
@@ -333,7 +340,7 @@ def draw(losses, surveys, stem):
                      xlim=(0, 1.4 * max(c['norm'] for c in curves.values())))
         row[0].set_ylabel('rise of the loss, nats/token')
         row[0].legend(fontsize=8)
-    fig.savefig(stem.with_name('ptq-landscape.png'), dpi=110)
+    fig.savefig(stem.with_name(f'{stem.name}-landscape.png'), dpi=110)
 
     fig, axes = pyplot.subplots(1, len(surveys), figsize=(6 * len(surveys), 5), squeeze=False,
                                 layout='constrained')
@@ -350,22 +357,22 @@ def draw(losses, surveys, stem):
         axis.set(title=f'{size}: plane through the weights, 3 bits', aspect='equal',
                  xlabel='distance towards GPTQ', ylabel='distance at right angles')
         fig.colorbar(found, ax=axis, label='rise of the loss, nats/token', format='%g')
-    fig.savefig(stem.with_name('ptq-plane.png'), dpi=110)
+    fig.savefig(stem.with_name(f'{stem.name}-plane.png'), dpi=110)
 
 
-def table_lines(loss, rates):
+def table_lines(loss, tries):
     cell = lambda rises: f'{statistics.mean(rises):+.4f}' + \
         (f' ± {statistics.stdev(rises):.4f}' if len(rises) > 1 else '')
     rise = lambda what: cell([x - loss['base'][0] for x in loss[what]])
-    return ['| bits | RTN | GPTQ | QAFT | its learning rate |', '|---|---|---|---|---|',
-            *(f'| {bits} | {" | ".join(rise((bits, m)) for m in METHODS)} | {rates[bits]} |'
-              for bits in BITS),
-            f'| full precision, fine-tuned |  |  | {rise("control")} | {rates["control"]} |']
+    row = lambda name, cells, best: f'| {name} | {" | ".join(cells)} | {best[0]}, {best[1]} |'
+    return ['| bits | RTN | GPTQ | QAFT | its rate, steps |', '|---|---|---|---|---|',
+            *(row(bits, [rise((bits, m)) for m in METHODS], tries[bits]) for bits in BITS),
+            row('full precision, fine-tuned', ['', '', rise('control')], tries['control'])]
 
 
 def train_size(size, options):
-    """Everything of one size that trains: ({what: [Job, one per seed]}, {bits: rate of QAFT})."""
-    path, jobs = RESULTS / 'ptq.jsonl', jobs_of(size)
+    """Everything of one size that trains: ({what: [Job, one per seed]}, {bits: try of QAFT})."""
+    path, jobs = RESULTS / 'ptq.jsonl', jobs_of(size, options.sequences)
     keep = [job.name for job in jobs.values()]
     base, todo = jobs['base'], list(jobs.values())
     done = {r['mark'] for r in read(path)}
@@ -375,29 +382,29 @@ def train_size(size, options):
                          f'from {path.name} to make all of it again')
     run_all(path, [base], 1, keep, measure)
     choose = {r['name']: r['choose'] for r in run_all(path, todo, options.jobs, keep, measure)}
-    rates = {what: min(RATES, key=lambda rate: choose[jobs[what, rate].name])
+    tries = {what: min(TRIES, key=lambda how: choose[jobs[what, how].name])
              for what in (*BITS, 'control')}
-    for what, rate in (key for key in jobs if key != 'base'):           # those that lost
-        if rate in RATES and rate != rates[what]:
-            shutil.rmtree(jobs[what, rate].folder, ignore_errors=True)
+    for what, how in (key for key in jobs if key != 'base'):            # those that lost
+        if how in TRIES and how != tries[what]:
+            shutil.rmtree(jobs[what, how].folder, ignore_errors=True)
     three = lambda job: [job._replace(seed=seed) for seed in (1, 2, 3)]
-    seeds = {'base': [base], 'control': three(jobs['control', rates['control']])}
+    seeds = {'base': [base], 'control': three(jobs['control', tries['control']])}
     for bits in BITS:
         seeds |= {(bits, 'RTN'): [jobs[bits, 'RTN']], (bits, 'GPTQ'): three(jobs[bits, 'GPTQ']),
-                  (bits, 'QAFT'): three(jobs[bits, rates[bits]])}
+                  (bits, 'QAFT'): three(jobs[bits, tries[bits]])}
     run_all(path, [job for group in seeds.values() for job in group], options.jobs, keep, measure)
-    return seeds, rates
+    return seeds, tries
 
 
 def main(options):
-    stem, losses, surveys = RESULTS / 'ptq', {}, {}
-    saved = stem.with_name('ptq-analysis.json')
+    stem = RESULTS / ('ptq' if options.sequences == 128 else f'ptq-{options.sequences}')
+    saved, losses, surveys = stem.with_name(f'{stem.name}-analysis.json'), {}, {}
     if saved.exists():
         surveys = json.loads(saved.read_text(encoding='utf-8'))
     claims, tables = ['| | model | | |', '|---|---|---|---|'], []
     for size in options.sizes:
-        seeds, rates = train_size(size, options)
-        report = {r['mark']: r['report'] for r in read(stem.with_suffix('.jsonl'))}
+        seeds, tries = train_size(size, options)
+        report = {r['mark']: r['report'] for r in read(RESULTS / 'ptq.jsonl')}
         marks = sorted(job.mark for group in seeds.values() for job in group)
         if surveys.get(size, {}).get('marks') != marks:
             surveys[size] = {'marks': marks, **survey(seeds)}
@@ -407,7 +414,7 @@ def main(options):
         claims += [claim_line(name, size, parts) for name, parts in
                    predictions(loss, surveys[size]).items()]
         tables += ['', f'**{size}**: rise of the loss over {loss["base"][0]:.4f} nats/token', '',
-                   *table_lines(loss, rates)]
+                   *table_lines(loss, tries)]
         rise, _ = gap(loss[3, 'GPTQ'], loss['base'])
         enough = 'Trained' if rise > 0.01 else 'Not trained'
         tables += ['', f'{enough} long enough: GPTQ in 3 bits costs {rise:.4f} nats, .01 is the '
@@ -423,6 +430,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sizes', nargs='+', choices=BASES, default=list(BASES))
+    parser.add_argument('--sequences', type=int, default=128, help='to calibrate or fine-tune on')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
     os.chdir(ROOT)                                      # where config/ is
     main(parser.parse_args())
