@@ -3,7 +3,7 @@ Train, evaluate and sample one GPT, with any quantization strategy:
 
     python train.py config/ternary.py                           a strategy, at the default size
     python train.py config/gpt2.py config/w8a8.py               a size and a strategy: later wins
-    python train.py config/ternary.py --learning_rate=1e-3      and flags win over files
+    python train.py config/ternary.py --embedding_lr=12e-3      and flags win over files
     python train.py config/ternary.py --init_from=resume        go on where it stopped
     torchrun --nproc_per_node=8 train.py config/gpt2.py         data-parallel
 
@@ -63,14 +63,14 @@ class Config:
     adam_v: str = ''             # a Spec, or 'factored'
 
     # the optimizer: AdamW, linear warm-up, cosine to min_lr
-    learning_rate: float = 3e-3
-    embedding_lr: float = 0.0    # of embeddings, head, norms and biases; 0: learning_rate
+    learning_rate: float = 0.75e-3
+    embedding_lr: float = 6e-3   # of embeddings, head, norms and biases; 0: learning_rate
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
     max_iters: int = 1200
     weight_decay: float = 0.1    # of matrices
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.999         # small batches want a long memory
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm, or as update_in_backward says; 0: off
     # of block linears alone:

@@ -2,6 +2,7 @@
 master = 'ternary/tensor/absmean/stochastic'
 activations = 'int8/row'
 learning_rate = 5e-4
+embedding_lr = 0.0      # learning_rate
 weight_decay = 0.01
 beta2 = 0.999
 eps = 1e-6

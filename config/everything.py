@@ -5,7 +5,6 @@ gradients = 'int8/row/stochastic'
 kv_cache = 'int4/row'
 adam_m = 'int8/row'
 adam_v = 'uint8/row/root4'
-learning_rate = 6e-3    # of embeddings and norms
 beta2 = 0.999
 code_lr = 0.8
 threshold = 2.0

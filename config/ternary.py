@@ -5,7 +5,6 @@ master = 'ternary/row/absmean/stochastic'
 activations = 'int8/row'
 adam_m = 'int8/row'
 adam_v = 'factored'
-learning_rate = 6e-3    # of embeddings and norms
 beta2 = 0.999
 code_lr = 0.8
 threshold = 2.0

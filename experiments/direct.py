@@ -20,65 +20,68 @@ from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines,
 
 BASE, BITNET, TERNARY = 'full precision', 'BitNet b1.58', 'direct ternary'
 CONFIGS = {BASE: 'config/baseline.py', BITNET: 'config/bitnet.py', TERNARY: 'config/ternary.py'}
-# what direct training takes for granted, offered to the others
-RECIPE = 'beta2=.999 ramp=20 init_gain=.7 adam_v=factored '
+# what direct training takes for granted, offered to the others, and the usual way
+RECIPE, PLAIN = 'beta2=.999 ramp=20 init_gain=.7 adam_v=factored ', 'beta2=.95 '
 
 # size: the tries of each side, one seed each; all rows take the first, the best when it was chosen
 TRIES = {
     'small': {
-        BASE: ['learning_rate=1.5e-3 embedding_lr=12e-3',
-               'learning_rate=1.5e-3 embedding_lr=24e-3',
-               'learning_rate=1.5e-3 embedding_lr=48e-3',
-               'learning_rate=1.5e-3 embedding_lr=96e-3', 'learning_rate=2e-3 embedding_lr=12e-3',
-               'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=.75e-3 embedding_lr=6e-3',
-               RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3'],
-        BITNET: ['learning_rate=4e-3 embedding_lr=48e-3', 'learning_rate=3e-3 embedding_lr=12e-3',
-                 'learning_rate=3e-3 embedding_lr=6e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
-                 'learning_rate=4e-3 embedding_lr=12e-3', 'learning_rate=6e-3 embedding_lr=24e-3',
-                 'learning_rate=4e-3 embedding_lr=24e-3', 'learning_rate=4e-3 embedding_lr=96e-3',
-                 'learning_rate=6e-3 embedding_lr=96e-3',
-                 'learning_rate=4e-3 embedding_lr=24e-3 beta2=.999',
-                 'learning_rate=4e-3 embedding_lr=24e-3 weights=ternary/row/absmean',
-                 'learning_rate=4e-3 embedding_lr=48e-3 weights=ternary/row/absmean',
-                 'learning_rate=12e-3 embedding_lr=24e-3 ramp=40 threshold=1',
-                 RECIPE + 'learning_rate=4e-3 embedding_lr=24e-3'],
-        TERNARY: ['learning_rate=96e-3', 'learning_rate=12e-3', 'learning_rate=24e-3',
-                  'learning_rate=48e-3', 'learning_rate=48e-3 code_lr=.4',
-                  'learning_rate=48e-3 scale_lr=0', 'learning_rate=96e-3 scale_lr=0',
-                  'learning_rate=192e-3 scale_lr=0', 'learning_rate=96e-3 scale_lr=0 ramp=0',
-                  'learning_rate=48e-3 scale_lr=0 master=ternary/tensor/absmean/stochastic',
-                  'learning_rate=24e-3 code_lr=.1 threshold=1 ramp=20',
-                  'learning_rate=24e-3 code_lr=.2 threshold=1.5 ramp=20',
-                  'learning_rate=24e-3 code_lr=.4', 'learning_rate=24e-3 code_lr=1.6',
-                  'learning_rate=24e-3 threshold=2.5', 'learning_rate=24e-3 ramp=20',
-                  'learning_rate=24e-3 ramp=0']},
+        BASE: [*(PLAIN + rates for rates in (
+            'learning_rate=1.5e-3 embedding_lr=12e-3', 'learning_rate=1.5e-3 embedding_lr=24e-3',
+            'learning_rate=1.5e-3 embedding_lr=48e-3', 'learning_rate=1.5e-3 embedding_lr=96e-3',
+            'learning_rate=2e-3 embedding_lr=12e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
+            'learning_rate=.75e-3 embedding_lr=6e-3')),
+            RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3'],
+        BITNET: [*(PLAIN + rates for rates in (
+            'learning_rate=4e-3 embedding_lr=48e-3', 'learning_rate=3e-3 embedding_lr=12e-3',
+            'learning_rate=3e-3 embedding_lr=6e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
+            'learning_rate=4e-3 embedding_lr=12e-3', 'learning_rate=6e-3 embedding_lr=24e-3',
+            'learning_rate=4e-3 embedding_lr=24e-3', 'learning_rate=4e-3 embedding_lr=96e-3',
+            'learning_rate=6e-3 embedding_lr=96e-3',
+            'learning_rate=4e-3 embedding_lr=24e-3 beta2=.999',
+            'learning_rate=4e-3 embedding_lr=24e-3 weights=ternary/row/absmean',
+            'learning_rate=4e-3 embedding_lr=48e-3 weights=ternary/row/absmean',
+            'learning_rate=12e-3 embedding_lr=24e-3 ramp=40 threshold=1')),
+            RECIPE + 'learning_rate=4e-3 embedding_lr=24e-3'],
+        TERNARY: ['embedding_lr=96e-3', 'embedding_lr=12e-3', 'embedding_lr=24e-3',
+                  'embedding_lr=48e-3', 'embedding_lr=48e-3 code_lr=.4',
+                  'embedding_lr=48e-3 scale_lr=0', 'embedding_lr=96e-3 scale_lr=0',
+                  'embedding_lr=192e-3 scale_lr=0', 'embedding_lr=96e-3 scale_lr=0 ramp=0',
+                  'embedding_lr=48e-3 scale_lr=0 master=ternary/tensor/absmean/stochastic',
+                  'embedding_lr=24e-3 code_lr=.1 threshold=1 ramp=20',
+                  'embedding_lr=24e-3 code_lr=.2 threshold=1.5 ramp=20',
+                  'embedding_lr=24e-3 code_lr=.4', 'embedding_lr=24e-3 code_lr=1.6',
+                  'embedding_lr=24e-3 threshold=2.5', 'embedding_lr=24e-3 ramp=20',
+                  'embedding_lr=24e-3 ramp=0']},
     'default': {
-        BASE: [RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
-               RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
-               RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
-               RECIPE + 'learning_rate=.4e-3 embedding_lr=6e-3',
-               RECIPE + 'learning_rate=.75e-3 embedding_lr=12e-3',
-               'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=3e-3'],
-        BITNET: [RECIPE + 'learning_rate=1.5e-3 embedding_lr=12e-3',
-                 RECIPE + 'learning_rate=1.5e-3 embedding_lr=6e-3',
-                 RECIPE + 'learning_rate=1.5e-3 embedding_lr=24e-3',
-                 RECIPE + 'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
-                 RECIPE + 'learning_rate=15e-3 embedding_lr=6e-3 ramp=40 threshold=2',
-                 RECIPE + 'learning_rate=.75e-3 embedding_lr=6e-3',
-                 RECIPE + 'learning_rate=3e-3 embedding_lr=6e-3',
-                 'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3',
-                 'learning_rate=3e-3 embedding_lr=3e-3'],
-        TERNARY: ['learning_rate=6e-3', 'learning_rate=12e-3', 'learning_rate=6e-3 code_lr=.4',
-                  'learning_rate=6e-3 code_lr=.1 threshold=1 ramp=20',
-                  'learning_rate=6e-3 scale_lr=0', 'learning_rate=6e-3 ramp=0']}}
-TRIES['large'] = {      # scaled down from there, not tried
-    BASE: [RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
-    BITNET: [RECIPE + 'learning_rate=2e-3 embedding_lr=4e-3 ramp=40 threshold=1',
-             RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
-    TERNARY: ['learning_rate=4e-3']}
-TRIES['gpt2'] = {
-    BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4'],
-    TERNARY: ['learning_rate=2e-3']}
+        BASE: [*(RECIPE + rates for rates in (
+            'learning_rate=.75e-3 embedding_lr=6e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
+            'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
+            'learning_rate=.4e-3 embedding_lr=6e-3', 'learning_rate=.75e-3 embedding_lr=12e-3')),
+            'learning_rate=.75e-3 embedding_lr=6e-3', *(PLAIN + rates for rates in (
+                'learning_rate=.75e-3 embedding_lr=6e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
+                'learning_rate=3e-3 embedding_lr=3e-3'))],
+        BITNET: [*(RECIPE + rates for rates in (
+            'learning_rate=1.5e-3 embedding_lr=12e-3', 'learning_rate=1.5e-3 embedding_lr=6e-3',
+            'learning_rate=1.5e-3 embedding_lr=24e-3',
+            'learning_rate=5e-3 embedding_lr=6e-3 ramp=40 threshold=1',
+            'learning_rate=15e-3 embedding_lr=6e-3 ramp=40 threshold=2',
+            'learning_rate=.75e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3')),
+            *(PLAIN + rates for rates in (
+                'learning_rate=1.5e-3 embedding_lr=6e-3', 'learning_rate=3e-3 embedding_lr=6e-3',
+                'learning_rate=3e-3 embedding_lr=3e-3',
+                'learning_rate=1.5e-3 embedding_lr=12e-3'))],
+        TERNARY: ['embedding_lr=6e-3', 'embedding_lr=12e-3', 'embedding_lr=6e-3 code_lr=.4',
+                  'embedding_lr=6e-3 code_lr=.1 threshold=1 ramp=20',
+                  'embedding_lr=6e-3 scale_lr=0', 'embedding_lr=6e-3 ramp=0']},
+    'large': {      # scaled down from there
+        BASE: [RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
+        BITNET: [RECIPE + 'learning_rate=2e-3 embedding_lr=4e-3 ramp=40 threshold=1',
+                 RECIPE + 'learning_rate=1e-3 embedding_lr=4e-3'],
+        TERNARY: ['embedding_lr=4e-3']},
+    'gpt2': {
+        BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4 embedding_lr=6e-4'],
+        TERNARY: ['embedding_lr=2e-3']}}
 EMBEDDINGS = {  # the rates of masters on their own grid, and under a ternary forward
     'small': ('12e-3', '48e-3'), 'default': ('6e-3', '6e-3'), 'large': ('4e-3', '4e-3'),
     'gpt2': ('6e-4', '6e-4')}
@@ -89,20 +92,19 @@ def rows(size='small'):
     hard = {name: f'{CONFIGS[name]} {TRIES[size][name][0]}' for name in (TERNARY, BITNET, BASE)}
     tune = {f'{name}, {more}': f'{CONFIGS[name]} {more}'
             for name, tries in TRIES[size].items() for more in tries}
-    embedding = hard[TERNARY].split()[1].replace('learning_rate', 'embedding_lr')
-    in_weight_space = f'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0 {embedding}'
+    in_weight_space = 'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0'
 
     # the threshold is for evidence on few levels; bf16 has no codes to count in
-    plainly = 'init_gain=0 threshold=0 ramp=20 learning_rate='
+    plainly = 'init_gain=0 threshold=0 ramp=20 embedding_lr='
     masters = {'int2': 'master=int2/row/absmean/stochastic code_lr=.1',
                'int3': 'master=int3/row/stochastic code_lr=.06',
                'int4': 'master=int4/row/stochastic code_lr=.06',
                'int8': 'master=int8/row/stochastic code_lr=.06',
                'int8 absmean': 'master=int8/row/absmean/stochastic code_lr=.06',
                'bf16': 'master=bf16/stochastic compute=float code_lr=0 weight_decay=0 '
-                       'learning_rate=1.5e-3 embedding_lr='}
-    own, ternary = ({grid: f'{plainly}{rate} {keys}{rate if grid == "bf16" else ""}'
-                     for grid, keys in masters.items()} for rate in EMBEDDINGS[size])
+                       'learning_rate=1.5e-3'}
+    own, ternary = ({grid: f'{plainly}{rate} {keys}' for grid, keys in masters.items()}
+                    for rate in EMBEDDINGS[size])
     changes = {     # against direct ternary
         'controls': {
             'round to nearest': 'master=ternary/row/absmean',

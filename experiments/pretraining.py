@@ -24,8 +24,8 @@ from quant import Linear, Recipe, dequantize, health, held, quantize, rtn_, spec
 from train import make_optimizer, parse, pick_dtype, to_batch
 
 # every row trains by the rates best for the baseline; experiments/direct.py has the tries
-RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3'],
-         'default': ['--learning_rate=1.5e-3', '--embedding_lr=6e-3'],
+RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3', '--beta2=.95'],
+         'default': [],
          'large': ['--learning_rate=1e-3', '--embedding_lr=4e-3'],
          'gpt2': []}
 

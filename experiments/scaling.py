@@ -266,11 +266,9 @@ def interval(values):
 # ------------------------------------------------------------------------------------------------
 # the sweep
 
-RATES = 'learning_rate=6e-3 beta2=.99'
-
-
 def rows(size):
-    """{name: (point without its loss, keys for train.py)}; the held-out width is marked."""
+    """{name: (point without its loss, keys for train.py)}; the held-out width is marked. The rate
+    is .4 / d, of embeddings 24e-3: tuned at d = 32 and 96, before the held-out width was run."""
     sweep, found = SWEEPS[size], {}
 
     def add(name, d, D, text='', **point):
@@ -279,7 +277,8 @@ def rows(size):
         batch = math.prod(int(word.split('=')[1]) for word in sweep['shape'].split())
         steps = D // batch
         shape = f'n_layer=2 n_embd={d} n_head={d // 16} hidden={hidden} {sweep["shape"]} ' \
-            f'max_iters={steps} warmup_iters={steps // 10} dataset={sweep["data"]} {RATES} {text}'
+            f'max_iters={steps} warmup_iters={steps // 10} dataset={sweep["data"]} beta2=.99 ' \
+            f'learning_rate={0.4 / d:.2g} embedding_lr=24e-3 {text}'
         N = 2 * (4 * d * d + 3 * d * hidden)
         point = {'N': N, 'D': D, 'held': d == sweep['held'], **point}
         found[f'd={d} D={D >> 10}k {name}'.strip()] = point, shape
@@ -291,7 +290,7 @@ def rows(size):
         for bits in (2, 3, 4, 6):
             add(f'w{bits}', d, sweep['at'], KINDS['w'].format(bits), w=bits)
         for name, config in DIRECT.items():
-            add(name, d, sweep['at'], f'{config} {RATES.split()[0]}', direct=name)
+            add(name, d, sweep['at'], config, direct=name)
         if d in (widths[1], last, sweep['held']):
             for x, low in (('a', 3), ('token', 3), ('kv', 2)):
                 for bits in (low, low + 1, low + 3):
