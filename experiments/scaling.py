@@ -120,8 +120,9 @@ def least(residuals, names, starts):
     into = lambda c: [math.log(c[k]) if k in POSITIVE else c[k] for k in names]
     out = lambda t: {k: math.exp(min(max(v, -60.0), 60.0)) if k in POSITIVE else v
                      for k, v in zip(names, t)}
-    fits = [least_squares(lambda t: residuals(out(t)), into(start), loss='huber', f_scale=1e-2)
-            for start in starts]
+    with np.errstate(over='ignore'):        # of steps too far, which are not taken
+        fits = [least_squares(lambda t: residuals(out(t)), into(start), loss='huber',
+                              f_scale=1e-2) for start in starts]
     return out(min(fits, key=lambda found: found.cost).x)
 
 
