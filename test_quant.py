@@ -1733,8 +1733,8 @@ def test_the_steps_of_the_scaling_experiment(tmp_path, monkeypatch, capsys):
     for module in ('scipy', 'matplotlib'):
         pytest.importorskip(module)
     true = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': 1.2, 'n_w': .2,
-            'gamma_a': 1.3, 'n_a': .8, 'gamma_token': 1.1, 'n_token': .3, 'gamma_kv': .7,
-            'n_kv': .2, 'C_T': .02, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
+            'gamma_a': 1.3, 'n_a': .8, 'gamma_token': 1.1, 'n_token': .3, 'gamma_kv': 1.2,
+            'n_kv': .4, 'C_T': .02, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
     rng, known = np.random.default_rng(0), scaling.rows('cpu')
 
     def law(job):
@@ -1743,8 +1743,11 @@ def test_the_steps_of_the_scaling_experiment(tmp_path, monkeypatch, capsys):
         kinds = {x: np.array(float(point[x])) for x in scaling.KINDS if x in point}
         N, D, w = point['N'], point['D'], kinds.get('w', np.array(np.inf))
         loss = scaling.trained(true, N, D, **kinds) + 0.002 * rng.normal()
-        after = {str(bits): loss + scaling.delta(true, N, D, bits, w) for bits in scaling.POST
-                 if bits < w} if not kinds.keys() - {'w'} and 'direct' not in point else {}
+        low = [bits for bits in scaling.POST if bits < w]
+        if kinds.keys() - {'w'} or 'direct' in point:
+            low = []
+        after = {str(bits): loss + scaling.delta(true, N, D, bits, w)
+                 * math.exp(0.03 * rng.normal()) for bits in low}
         return {'name': job.name, 'seed': job.seed, 'mark': job.mark, 'sha256': '',
                 'val_loss': float(loss), 'rtn': after, 'gptq': after}
 

@@ -32,8 +32,9 @@ TRIES = [(rate, steps) for steps in (40, 160)       # of 8 sequences: 2.5 and 10
          for rate in ('1e-5', '3e-5', '1e-4', '3e-4', '1e-3')]
 METHODS = 'RTN', 'GPTQ', 'QAFT'
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
-RATES = 'learning_rate=1.5e-3 embedding_lr=6e-3 beta2=.95 max_iters=4000'
-BASES = {'small': f'{RATES} warmup_iters=100', 'default': RATES}
+BASES = {   # trained for long, as is best for full precision in experiments/direct.py
+    'small': 'learning_rate=1.5e-3 embedding_lr=6e-3 beta2=.95 max_iters=4000 warmup_iters=100',
+    'default': 'ramp=20 init_gain=.7 adam_v=factored max_iters=4000'}
 
 
 def jobs_of(size, sequences=128):

@@ -33,7 +33,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.runs import (RESULTS, ROOT, Job, arguments, load, results_of, run_all, run_one)
+from experiments.runs import (RESULTS, ROOT, Job, arguments, decide, load, results_of, run_all,
+                              run_one)
 from quant import fake_quant, gptq_, linears, rtn_
 from train import parse
 
@@ -216,7 +217,7 @@ def fit_unified(points, c, start=None):
         L[after] += delta(c, *(p[k][after] for k in ('N', 'D', 'post', 'w')))
         return np.log(L / p['loss'])
 
-    return least(residuals, list(c), [start or c])
+    return least(residuals, list(c), [{**c, **(start or {})}])
 
 
 def fit(points, noise, start=None):
@@ -432,23 +433,29 @@ def claims(points, noise):
     found, sizes = [], sorted({N for N, *_ in extra})
     data = sorted({D for _, D, _ in extra})
 
-    def say(text, a, b):
-        """a > b in the mean of all pairs (key of `of`, key of `of`) that are there."""
-        gaps = [x - y for x, y in zip(a, b) if x is not None and y is not None]
+    def say(text, a, b, ratio=False):
+        """a > b in the mean of all pairs that are there: of a - b, or of log(a / b) where the
+        noise grows with the value."""
+        pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
+        if ratio:
+            pairs = [(math.log(max(x, 1e-4)), math.log(max(y, 1e-4))) for x, y in pairs]
+        gaps = [x - y for x, y in pairs]
         mean = statistics.mean(gaps) if gaps else math.nan
         error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.inf
-        said = 'PASS' if mean > 2 * error else 'FAIL' if mean < -2 * error else 'UNRESOLVED'
-        found.append((text, said, f'{mean:+.4f} ± {error:.4f} nats, wanted > 0'))
+        numbers = f'{mean:+.4f} ± {error:.4f} nats, wanted > 0' if not ratio else \
+            f'{math.exp(mean):.2f} times as much, {math.exp(mean - 2 * error):.2f} to ' \
+            f'{math.exp(mean + 2 * error):.2f}, wanted > 1'
+        found.append((text, decide(mean, error, len(gaps)), numbers))
 
     for bits in (2, 3):
-        at = lambda N, D: extra.get((N, D, bits))
-        say(f'quantizing to {bits} bits afterwards costs more the more data was trained on',
-            [at(N, data[-1]) for N in sizes], [at(N, data[0]) for N in sizes])
-        say(f'and less the larger the model, {bits} bits',
-            [at(sizes[0], D) for D in data], [at(sizes[-1], D) for D in data])
-        say('and more where the rate has decayed than where it is constant',
+        at, after = lambda N, D: extra.get((N, D, bits)), f'quantizing to {bits} bits afterwards'
+        say(f'{after} costs more of {data[-1] / data[0]:.0f} times the data, of each N',
+            [at(N, data[-1]) for N in sizes], [at(N, data[0]) for N in sizes], ratio=True)
+        say(f'{after} costs more of the smallest N than of the largest, of each D',
+            [at(sizes[0], D) for D in data], [at(sizes[-1], D) for D in data], ratio=True)
+        say(f'{after} costs more where the rate has decayed than where it is constant',
             [at(N, D) for N, D, b in control if b == bits],
-            [x for (_, _, b), x in control.items() if b == bits])
+            [x for (_, _, b), x in control.items() if b == bits], ratio=True)
     for fewer, more in ((2, 3), (3, 4), (4, 6)):
         say(f'training with {fewer}-bit weights costs more than with {more}',
             *([excess.get(('w', bits, N)) for N in sizes] for bits in (fewer, more)))
@@ -492,7 +499,7 @@ def say_plan(found, options):
     for i, (name, form) in enumerate((('loss, nats', '{:.3f}'), ('N, weights', '{:.3g}'),
                                       ('D, tokens', '{:.3g}'), ('bits per weight', '{:.0f}'))):
         low, high = map(form.format, interval([other[i] for other in others]))
-        lines.append(f'{name:14}{form.format(best[i])}, 90 % of the bootstrap {low} to {high}')
+        lines.append(f'{name:17}{form.format(best[i])}, 90 % of the bootstrap {low} to {high}')
     largest = found['largest']
     if best[1] > largest['N'] or best[2] > largest['D']:
         lines.append(f"beyond the sweep, which ends at N = {largest['N']:.3g} and D = "
@@ -618,10 +625,10 @@ def plot(options):
     lines.append(f'\nSeeds differ by {noise:.4f} nats (one standard deviation).')
     paths(options.size)[3].write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
-    draw(c, found['bootstrap'], points, held, told, paths(options.size)[4])
+    draw(c, noise, found['bootstrap'], points, held, told, paths(options.size)[4])
 
 
-def draw(c, fits, points, held, told, path):
+def draw(c, noise, fits, points, held, told, path):
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
@@ -654,8 +661,9 @@ def draw(c, fits, points, held, told, path):
             P = np.linspace(min(p[x] for p in mine), 8)
             N, D = sizes[-2], mine[0]['D']
             b.plot(P, trained(c, N, D, **{x: P}) - trained(c, N, D), color=f'C{i}', lw=1)
+    b.axhline(noise, color='0.5', ls=':', label='how seeds differ')
     b.set(yscale='log', ylim=(1e-4, None), xlabel='bits', ylabel='excess loss, nats/byte',
-          title='What training in low precision costs')
+          title='What training in low precision costs; at the bottom: nothing')
     b.legend(fontsize=8)
     for N in sizes:
         for post, style in ((2, ':'), (3, '--'), (4, '-')):
@@ -679,15 +687,19 @@ def draw(c, fits, points, held, told, path):
     e.set(xlabel='predicted loss, nats/byte', ylabel='measured', xlim=(None, most),
           ylim=(None, most), title='Predicted and measured')
     e.legend(fontsize=8)
-    compute = np.geomspace(1e11, 1e16, 11)
-    for fitted, style in [(f, {'color': '0.8', 'lw': 1}) for f in fits[:20]] + \
-            [(c, {'color': 'C0', 'lw': 2})]:
-        if 'gamma_w' in fitted:
-            g.plot(compute, [plan(fitted, C)[3] for C in compute], **style)
+    compute, P = np.geomspace(1e10, 1e15, 61), np.linspace(2, 16, 281)
+    if 'gamma_w' in c:
+        for N in sizes:     # one row for each compute, one column for each P
+            D = compute[:, None] * 16 / (6 * N * P)
+            g.plot(compute, P[trained(c, N, D, w=P).argmin(1)], color=color[N], lw=1)
+        g.axhline(best_precision(c, ['w']), color='k', label='N is free')
+        g.axhspan(*interval([best_precision(f, ['w']) for f in fits]), color='0.9',
+                  label='90 % of the bootstrap')
+        g.legend(fontsize=8)
     g.set(xscale='log', xlabel='compute, (6/16) N D P', ylabel='bits per weight', ylim=(0, 17),
-          title='Best precision of weights; grey: bootstrap')
+          title='Best precision of weights; colors: at that N')
     if 'C_T' in c:
-        N = np.geomspace(sizes[0], 1e3 * sizes[-1])
+        N = np.geomspace(sizes[0], 10 * sizes[-1])
         for post in (2, 3, 4):
             h.plot(N, [critical_data(c, n, post) / n for n in N], label=f'{post} bits')
         h.legend(fontsize=8)
