@@ -1771,7 +1771,8 @@ def test_the_steps_of_the_scaling_experiment(tmp_path, monkeypatch, capsys):
     assert len(told) == 4 + 4 + 9 + 4 * 6 + 0 + 1 + 2 + 4                   # runs, then quantized
     assert (tmp_path / 'scaling-cpu.png').exists()
     found = scaling.read_fit(options)
-    assert 'bits per weight' in scaling.say_plan(found, options)[3]
+    said = scaling.say_plan(found, options)
+    assert said[0].startswith('weights, activations') and said[4].startswith('P, bits')
 
 
 # ------------------------------------------------------------------------------------------------

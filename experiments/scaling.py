@@ -49,6 +49,9 @@ SWEEPS = {  # widths of two layers to fit; the one held out; D in 2^20; that of 
 POST = 2, 3, 4, 5, 6, 8
 KINDS = {'w': 'weights=int{}/row', 'a': 'activations=int{}/tensor',
          'token': 'activations=int{}/row', 'kv': 'kv_cache=int{}/row'}
+NAMES = {'w': 'weights', 'a': 'activations (a scale per tensor)',
+         'token': 'activations (a scale per token)', 'kv': 'keys and values'}
+TOGETHER = 'w', 'token', 'kv'         # what has the same bits where compute goes with bits
 DIRECT = {'ternary': 'config/ternary.py', 'direct 4-bit': 'config/direct4.py',
           'direct 8-bit': 'config/direct8.py'}
 
@@ -245,24 +248,30 @@ def merged(found):
 
 
 def bootstrap(points, noise, best, draws=100, seed=0):
-    """Fits of resamples of the runs, each with what was made of it after training. Those that do
-    not resolve what `best` does are left out: of three times `draws` at most, so many."""
+    """Fits of resamples of the runs, each with what was made of it after training. Runs in low
+    precision share the run that they are compared with, whose noise is drawn anew for all."""
     rng, runs = np.random.default_rng(seed), {}
     for p in points:
-        runs.setdefault(p['run'], []).append(p)
+        if not p.keys() & {'direct', 'constant'}:
+            runs.setdefault(p['run'], []).append(p)
     names, fits = list(runs), []
-    for _ in range(3 * draws):
-        drawn = [p for i in rng.integers(len(names), size=len(names)) for p in runs[names[i]]]
+    while len(fits) < draws:
+        twins, drawn = {}, []
+        for i in rng.integers(len(names), size=len(names)):
+            for p in runs[names[i]]:
+                if p.keys() & KINDS.keys() and 'post' not in p:
+                    twin = p['N'], p['D'], p['seed']
+                    p = {**p, 'full': p['full'] + twins.setdefault(twin, noise * rng.normal())}
+                drawn.append(p)
         found = fit(drawn, noise, best)
-        if all(found.get(part) or not c for part, c in best.items()):
+        if found['base']:
             fits.append(found)
-        if len(fits) == draws:
-            break
     return fits
 
 
 def interval(values):
-    return [float(v) for v in np.quantile(values, (0.05, 0.95))]
+    """The middle 90 %, or None of nothing."""
+    return [float(v) for v in np.quantile(values, (0.05, 0.95))] if len(values) else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -386,43 +395,47 @@ def key(p):
     return p['run'] + (f" then {p['post']} bits" if 'post' in p else '')
 
 
+def excesses(told, points):
+    """{key: (predicted, measured)} of what low precision adds to the loss of the same run in full
+    precision, and quantizing afterwards to that of the run before it."""
+    full, found = {(p['N'], p['D']): told.get(key(p)) for p in plain(points)}, {}
+    for p in points:
+        k = key(p)
+        if k in told and p.keys() & {*KINDS, 'post'}:
+            own = told[k.split(' then ')[0]] if 'post' in p else full[p['N'], p['D']]
+            found[k] = told[k] - own, p['loss'] - p['full']
+    return found
+
+
 def score(told, points, before, noise, bars):
     """[(what, value, bar, 'PASS', 'FAIL' or 'UNRESOLVED')] of predictions of the held-out points;
     `before` are those of the next smaller size."""
-    measured = {key(p): p for p in points if key(p) in told}
-    raw = [abs(told[k] / p['loss'] - 1) for k, p in measured.items() if 'post' not in p]
+    found = excesses(told, points)
+    raw = [abs(told[key(p)] / p['loss'] - 1) for p in points if key(p) in told and 'post' not in p]
     lines = [('mean error of the loss, training', 100 * statistics.mean(raw), bars[0])]
-    kinds = [p for p in measured.values() if any(x in p for x in KINDS) and 'post' not in p]
-    after = [p for p in measured.values() if 'post' in p and 'w' not in p]
-    smaller = {}
-    for q in before:
-        smaller[q['D'], *(q.get(x) for x in (*KINDS, 'post'))] = q['loss'] - q['full']
-    for text, some, bar in (('excess of training in low precision', kinds, bars[1]),
-                            ('excess of quantizing after training', after, bars[2])):
-        some = [p for p in some if p['loss'] - p['full'] > 2 * noise]
-        if not some:
-            lines.append((f'median error of the {text}', math.nan, bar))
-            continue
-        wrong, copied = [], []
-        for p in some:
-            excess = p['loss'] - p['full']
-            k = key(p)
-            own = k.split(' then ')[0] if 'post' in p else \
-                next(key(q) for q in plain(points) if q['D'] == p['D'])
-            wrong.append(abs((told[k] - told[own]) / excess - 1))
-            copy = smaller.get((p['D'], *(p.get(x) for x in (*KINDS, 'post'))))
-            copied += [] if copy is None else [abs(copy / excess - 1)]
-        median = 100 * statistics.median(wrong)
-        lines.append((f'median error of the {text}, {len(some)} points', median, bar))
-        lines.append(('the same less that of no law for precision (100 %)', median - 100, 0.0))
-        lines.append(('the same less that of copying the next smaller size',
-                      median - 100 * statistics.median(copied) if copied else math.nan, 0.0))
+    of = lambda p: (p['D'], *(p.get(x) for x in (*KINDS, 'post')))
+    smaller = {of(q): q['loss'] - q['full'] for q in before}
+    for text, bar, some in (
+            ('training in low precision', bars[1],
+             lambda p: 'post' not in p and p['loss'] - p['full'] > 2 * noise),
+            ('quantizing afterwards to 2, 3 and 4 bits', bars[2],
+             lambda p: p.get('post', 9) <= 4 and 'w' not in p),
+            ('the same after training with quantized weights', bars[2],
+             lambda p: p.get('post', 9) <= 4 and 'w' in p)):
+        pairs = [(*found[key(p)], smaller.get(of(p))) for p in points
+                 if key(p) in found and some(p)]
+        median = lambda errors: 100 * statistics.median(errors) if errors else math.nan
+        wrong = median([abs(a / b - 1) for a, b, _ in pairs])
+        copied = median([abs(c / b - 1) for _, b, c in pairs if c is not None])
+        lines += [(f'median error of the excess of {text}, {len(pairs)} points', wrong, bar),
+                  ('the same less that of no law for precision (100 %)', wrong - 100, 0.0),
+                  ('the same less that of copying the next smaller size', wrong - copied, 0.0)]
     return [(text, value, bar, 'UNRESOLVED' if math.isnan(value) else
              'PASS' if value <= bar else 'FAIL') for text, value, bar in lines]
 
 
 def claims(points, noise):
-    """[(claim, verdict, numbers)] of the paper's qualitative findings; gaps in nats per token."""
+    """[(claim, verdict, numbers)] of the paper's qualitative findings."""
     once = [p for p in points if p['seed'] == 1]
     after = [p for p in once if 'post' in p and 'w' not in p]
     excess_of = lambda some: {(p['N'], p['D'], p['post']): p['loss'] - p['full'] for p in some}
@@ -433,41 +446,50 @@ def claims(points, noise):
     found, sizes = [], sorted({N for N, *_ in extra})
     data = sorted({D for _, D, _ in extra})
 
-    def say(text, a, b, ratio=False):
-        """a > b in the mean of all pairs that are there: of a - b, or of log(a / b) where the
-        noise grows with the value."""
-        pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
-        if ratio:
-            pairs = [(math.log(max(x, 1e-4)), math.log(max(y, 1e-4))) for x, y in pairs]
-        gaps = [x - y for x, y in pairs]
+    def more(text, a, b):
+        """a > b in the mean of a - b over sizes, whose error is no less than that of seeds."""
+        gaps = [x - y for x, y in zip(a, b) if x is not None and y is not None]
         mean = statistics.mean(gaps) if gaps else math.nan
-        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.inf
-        numbers = f'{mean:+.4f} ± {error:.4f} nats, wanted > 0' if not ratio else \
-            f'{math.exp(mean):.2f} times as much, {math.exp(mean - 2 * error):.2f} to ' \
-            f'{math.exp(mean + 2 * error):.2f}, wanted > 1'
-        found.append((text, decide(mean, error, len(gaps)), numbers))
+        error = math.inf if len(gaps) < 2 else max(
+            statistics.stdev(gaps) / len(gaps) ** 0.5, noise * math.sqrt(2 / len(gaps)))
+        found.append((text, decide(mean, error, len(gaps)),
+                      f'{mean:+.4f} ± {error:.4f} nats, wanted > 0'))
+
+    def times(text, a, b):
+        """a > b in the mean of log(a / b): what quantizing afterwards costs has noise that grows
+        with it."""
+        logs = [math.log(max(x, 1e-4) / max(y, 1e-4)) for x, y in zip(a, b)]
+        mean = statistics.mean(logs)
+        error = statistics.stdev(logs) / len(logs) ** 0.5
+        found.append((text, decide(mean, error, len(logs)), f'{math.exp(mean):.2f} times as much, '
+                      f'up or down by {100 * math.expm1(error):.0f} %, wanted > 1'))
 
     for bits in (2, 3):
-        at, after = lambda N, D: extra.get((N, D, bits)), f'quantizing to {bits} bits afterwards'
-        say(f'{after} costs more of {data[-1] / data[0]:.0f} times the data, of each N',
-            [at(N, data[-1]) for N in sizes], [at(N, data[0]) for N in sizes], ratio=True)
-        say(f'{after} costs more of the smallest N than of the largest, of each D',
-            [at(sizes[0], D) for D in data], [at(sizes[-1], D) for D in data], ratio=True)
-        say(f'{after} costs more where the rate has decayed than where it is constant',
-            [at(N, D) for N, D, b in control if b == bits],
-            [x for (_, _, b), x in control.items() if b == bits], ratio=True)
-    for fewer, more in ((2, 3), (3, 4), (4, 6)):
-        say(f'training with {fewer}-bit weights costs more than with {more}',
-            *([excess.get(('w', bits, N)) for N in sizes] for bits in (fewer, more)))
-    for bits in (3, 4):
-        say(f'{bits}-bit activations, per tensor, cost more than {bits}-bit weights',
-            *([excess.get((x, bits, N)) for N in sizes] for x in ('a', 'w')))
+        at, after = lambda N, D: extra[N, D, bits], f'quantizing to {bits} bits afterwards'
+        times(f'{after} costs more after {data[-1] / data[0]:.0f} times the data, at each N',
+              [at(N, data[-1]) for N in sizes], [at(N, data[0]) for N in sizes])
+        times(f'{after} costs more at the smallest N than at the largest, for each D',
+              [at(sizes[0], D) for D in data], [at(sizes[-1], D) for D in data])
+        times(f'{after} costs more where the rate has decayed than where it is constant',
+              [at(N, D) for N, D, b in control if b == bits],
+              [x for (_, _, b), x in control.items() if b == bits])
+    for x, name in NAMES.items():
+        widths = sorted({bits for kind, bits, _ in excess if kind == x})
+        for pair in zip(widths, widths[1:]):
+            more(f'training with {name} in {pair[0]} bits costs more than in {pair[1]}',
+                 *([excess.get((x, bits, N)) for N in sizes] for bits in pair))
+    for x in ('a', 'token'):
+        for bits in (3, 4):
+            more(f'{NAMES[x]} in {bits} bits cost more than weights in {bits}',
+                 *([excess.get((kind, bits, N)) for N in sizes] for kind in (x, 'w')))
     worst = max(abs(x) for (_, _, bits), x in extra.items() if bits == 8)
     found.append(('8 bits after training are within the noise of seeds', 'PASS'
                   if worst <= noise else 'FAIL', f'{worst:.4f} nats at most, noise {noise:.4f}'))
     four = statistics.mean(x for (kind, bits, _), x in excess.items() if (kind, bits) == ('w', 4))
     found.append(('the cost of training with 4-bit weights is above twice the noise',
                   'PASS' if four > 2 * noise else 'UNRESOLVED', f'{four:+.4f} nats'))
+    found.append(('seeds differ by .01 nats or less', 'PASS' if noise <= 0.01 else 'FAIL',
+                  f'{noise:.4f} nats'))
     return found
 
 
@@ -475,12 +497,13 @@ def claims(points, noise):
 # what to train
 
 def plan(c, compute=None, memory=None, tokens=None):
-    """(loss, N, D, P) with the least loss by the constants c, weights in P bits and all else full:
-    compute = (6 / 16) N D P at most, in operations of 16 bits, and N P / 8 <= memory in bytes."""
+    """(loss, N, D, P) with the least loss by the constants c. Of compute = (6 / 16) N D P, in
+    operations of 16 bits, weights, activations (a scale per token), keys and values all have P
+    bits; without compute only weights. N P / 8 <= memory in bytes, D <= tokens."""
     N, P = np.meshgrid(np.geomspace(1e3, 1e12, 1801), np.arange(2.0, 17))
     D = compute * 16 / (6 * N * P) if compute else np.full_like(N, tokens)
     D = np.minimum(D, tokens or math.inf)
-    L = trained(c, N, D, w=P)
+    L = trained(c, N, D, **{x: P for x in (TOGETHER if compute else ('w',)) if f'gamma_{x}' in c})
     if memory:
         L[N * P / 8 > memory] = math.inf
     best = np.unravel_index(L.argmin(), L.shape)
@@ -489,21 +512,29 @@ def plan(c, compute=None, memory=None, tokens=None):
 
 def say_plan(found, options):
     """The plan by the best fit and its spread over the bootstrap, as lines."""
-    if 'w' in found['unresolved']:
-        raise SystemExit('unresolved: the sweep does not show what weights in low precision cost')
+    kinds = TOGETHER if options.compute else ('w',)
+    lacking = [NAMES[x] for x in kinds if x in found['unresolved']]
+    if lacking:
+        raise SystemExit(f'unresolved: the sweep does not show what {lacking[0]} in low precision '
+                         'cost')
     ask = options.compute, options.memory, options.tokens
     best = plan(found['constants'], *ask)
     if math.isinf(best[0]):
         raise SystemExit(f'{options.memory:g} bytes are too few: give --memory=1e3 or more')
-    others, lines = [plan(c, *ask) for c in found['bootstrap']], []
+    others = [plan(c, *ask) for c in found['bootstrap'] if all(f'gamma_{x}' in c for x in kinds)]
+    lines = [f'{", ".join(NAMES[x] for x in kinds)}: P bits; all else full']
     for i, (name, form) in enumerate((('loss, nats', '{:.3f}'), ('N, weights', '{:.3g}'),
-                                      ('D, tokens', '{:.3g}'), ('bits per weight', '{:.0f}'))):
+                                      ('D, tokens', '{:.3g}'), ('P, bits', '{:.0f}'))):
         low, high = map(form.format, interval([other[i] for other in others]))
-        lines.append(f'{name:17}{form.format(best[i])}, 90 % of the bootstrap {low} to {high}')
-    largest = found['largest']
-    if best[1] > largest['N'] or best[2] > largest['D']:
-        lines.append(f"beyond the sweep, which ends at N = {largest['N']:.3g} and D = "
-                     f"{largest['D']:.3g}: an extrapolation")
+        lines.append(f'{name:11}{form.format(best[i])}, 90 % of the bootstrap {low} to {high}')
+    within = {x: found['range'][x] for x in 'ND'}
+    if any(not low <= value <= high for value, (low, high) in zip(best[1:], within.values())):
+        lines.append('an extrapolation: the fit is of ' + ' and '.join(
+            f'{x} = {low:.3g} to {high:.3g}' for x, (low, high) in within.items()))
+    if len(found['widths']['w']) < 3:
+        widths = ' and '.join(map(str, sorted(found['widths']['w'])))
+        lines.append(f'of weights only {widths} bits cost more than noise here: what more bits '
+                     'gain is the form of the law')
     return lines
 
 
@@ -530,8 +561,9 @@ def train_all(options, held):
                        check=True)
     bytes_there = os.path.getsize(f'{data}/train.bin') // 2 if os.path.exists(data) else 0
     if bytes_there < most:
-        raise SystemExit(f'{data} has {bytes_there} bytes to train on and {most} are to be seen '
-                         f'once: python data/text/prepare.py FOLDER --vocab=256 --out={data}')
+        raise SystemExit(f'{data} has {bytes_there} bytes to train on, fewer than the {most} of '
+                         'the longest run: python data/text/prepare.py FOLDER --vocab=256 '
+                         f'--out={data}')
     jobs = [job for job, point in jobs_of(options.size) if point['held'] == held]
     run_all(paths(options.size)[0], jobs, options.jobs, run=measure)
 
@@ -550,17 +582,22 @@ def fit_step(options):
                          'step sweep to its end')
     fits = bootstrap(points, noise, best)
     staged, unified = [merged(f) for f in fits], [f['unified'] for f in fits if f['unified']]
-    spread = lambda fits, c: {k: interval([f[k] for f in fits]) for k in c or ()}
+    spread = lambda fits, c: {k: interval([f[k] for f in fits if k in f]) for k in c or ()}
     three = fit_kind(points, best['base'], 'w', noise, least_bits=3)
     c = merged(best)
     found = {'constants': c, 'interval': spread(staged, c), 'unified': best['unified'],
              'interval_unified': spread(unified, best['unified']), 'three_bits': three,
-             'unresolved': [part for part, found in best.items() if not found], 'noise': noise,
-             'largest': {k: max(p[k] for p in points) for k in ('N', 'D')}, 'bootstrap': staged}
-    kinds = [x for x in ('w', 'a', 'kv') if best[x]]
-    if kinds:
-        found['best_precision'] = [kinds, best_precision(c, kinds), interval(
-            [best_precision(f, kinds) for f in staged])]
+             'unresolved': [part for part, found in best.items() if not found],
+             'widths': {x: resolved([p for p in points if x in p and 'post' not in p], x, noise)
+                        for x in KINDS},
+             'shares': {part: statistics.mean(bool(f.get(part)) for f in fits) for part in best},
+             'noise': noise, 'bootstrap': staged,
+             'range': {k: [min(p[k] for p in points), max(p[k] for p in points)] for k in 'ND'},
+             'best_precision': [
+                 (kinds, best_precision(c, kinds), interval(
+                     [best_precision(f, kinds) for f in staged
+                      if all(f'gamma_{x}' in f for x in kinds)]))
+                 for kinds in (('w',), TOGETHER, ('w', 'a', 'kv')) if all(best[x] for x in kinds)]}
     paths(options.size)[1].write_text(json.dumps(found), encoding='utf-8')
 
 
@@ -605,24 +642,36 @@ def plot(options):
         for text, value, bar, said in scored)]
     lines += ['', '| constant | one after the other | 90 % of the bootstrap | all at once | '
               '90 % | paper 4 |', '|---|---|---|---|---|---|']
-    show = lambda numbers: ' to '.join(f'{v:.4g}' for v in numbers if v is not None)
+    show = lambda numbers: ' to '.join(
+        f'{v if abs(v) > 1e-6 else 0:.4g}' for v in numbers or () if v is not None)
+    published = {**PUBLISHED, 'C_T': PUBLISHED['C_T'] * math.exp(PUBLISHED['b'])}   # as ours, no b
     unified, spread = found['unified'] or {}, found['interval_unified']
     lines += [f'| {name} | {value:.4g} | {show(found["interval"][name])} | '
               f'{show([unified.get(name)])} | {show(spread.get(name, []))} | '
-              f'{show([PUBLISHED.get(name)])} |' for name, value in c.items()]
-    lines += [f'| {name}, of 3 bits and more | {value:.4g} | | | | |'
-              for name, value in (found['three_bits'] or {}).items()]
+              f'{show([published.get(name)])} |' for name, value in c.items()]
+    three = found['three_bits'] or {'w': None}
+    lines += [f'| {name}, of 3 bits and more | {show([value]) or "unresolved"} | | | | |'
+              for name, value in three.items()]
     lines += [f'| {part} | unresolved | | | | |' for part in found['unresolved']]
-    if 'best_precision' in found:
-        kinds, P, spread = found['best_precision']
+    for kinds, P, spread in found['best_precision']:
+        known = all(f'gamma_{x}' in PUBLISHED for x in kinds)
         lines.append(f'| P* of {", ".join(kinds)}, bits | {P:.1f} | {show(spread)} | | | '
-                     f'{best_precision(PUBLISHED, kinds):.1f} |')
-    lines += ['', '| trained directly | N_eff / N, small to large |', '|---|---|']
+                     f'{show([best_precision(PUBLISHED, kinds)]) if known else ""} |')
+    lines += ['', 'Of the bootstrap ' + ', '.join(
+        f'{100 * share:.0f} % resolve {part}' for part, share in found['shares'].items()
+        if share < 1) + '; each interval is of those that do.']
+    lines += ['', '| trained directly | N_eff / N and 90 % of the bootstrap, small to large |',
+              '|---|---|']
+    rng = np.random.default_rng(0)      # both losses of a share have the noise of a seed
     for name in DIRECT:
-        of = sorted((p['N'], equivalent(c, p['N'], p['loss'], p['full'])) for p in points + held
-                    if p.get('direct') == name)
-        lines.append(f'| {name} | ' + ', '.join(f'{share:.2f}' for _, share in of) + ' |')
-    lines.append(f'\nSeeds differ by {noise:.4f} nats (one standard deviation).')
+        cells = []
+        for p in sorted((p for p in points + held if p.get('direct') == name),
+                        key=lambda p: p['N']):
+            drawn = [equivalent(f, p['N'], p['loss'] + math.sqrt(2) * noise * rng.normal(),
+                                p['full']) for f in found['bootstrap']]
+            cells.append(f'{equivalent(c, p["N"], p["loss"], p["full"]):.2f} '
+                         '({:.2f} to {:.2f})'.format(*interval(drawn)))
+        lines.append(f'| {name} | ' + ', '.join(cells) + ' |')
     paths(options.size)[3].write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
     draw(c, noise, found['bootstrap'], points, held, told, paths(options.size)[4])
@@ -652,18 +701,19 @@ def draw(c, noise, fits, points, held, told, path):
           title='Loss; dashed: quantized to 3 bits afterwards, dotted: 2', ylim=(None, min(
               3.5, max(p['loss'] for p in plain(everything)) + 0.5)))
     a.legend(fontsize=8)
-    for i, (x, name) in enumerate((('w', 'weights'), ('a', 'activations, per tensor'),
-                                   ('token', 'activations, per token'), ('kv', 'k and v'))):
+    fitted = max(p['N'] for p in points)
+    for i, (x, name) in enumerate(NAMES.items()):
         mine = [p for p in everything if x in p and 'post' not in p]
         b.plot([p[x] for p in mine], [max(p['loss'] - p['full'], 1e-4) for p in mine], 'os^v'[i],
                color=f'C{i}', ms=4, label=name)
         if f'gamma_{x}' in c:
             P = np.linspace(min(p[x] for p in mine), 8)
-            N, D = sizes[-2], mine[0]['D']
-            b.plot(P, trained(c, N, D, **{x: P}) - trained(c, N, D), color=f'C{i}', lw=1)
-    b.axhline(noise, color='0.5', ls=':', label='how seeds differ')
+            D = mine[0]['D']
+            b.plot(P, trained(c, fitted, D, **{x: P}) - trained(c, fitted, D), color=f'C{i}',
+                   lw=1)
+    b.axhline(2 * noise, color='0.5', ls=':', label='twice the noise of seeds')
     b.set(yscale='log', ylim=(1e-4, None), xlabel='bits', ylabel='excess loss, nats/byte',
-          title='What training in low precision costs; at the bottom: nothing')
+          title=f'What training in low precision costs; lines: the fit, N = {fitted / 1e3:.0f}k')
     b.legend(fontsize=8)
     for N in sizes:
         for post, style in ((2, ':'), (3, '--'), (4, '-')):
@@ -679,35 +729,52 @@ def draw(c, noise, fits, points, held, told, path):
           title='What quantizing after training (GPTQ) costs')
     d.legend(fontsize=8)
     for some, style, name in ((points, 'o', 'fitted'), (held, 'D', 'held out')):
-        guess = foretell(c, some) if name == 'fitted' else told
-        mine = [(guess[key(p)], p['loss']) for p in some if key(p) in guess] or [(np.nan, np.nan)]
-        e.plot(*zip(*mine), style, ms=4, alpha=0.6, label=name)
-    e.axline((1.5, 1.5), slope=1, color='0.5', lw=1)
-    most = max(p['loss'] for p in plain(everything)) + 0.5
-    e.set(xlabel='predicted loss, nats/byte', ylabel='measured', xlim=(None, most),
-          ylim=(None, most), title='Predicted and measured')
+        found = excesses(foretell(c, some) if name == 'fitted' else told, some)
+        e.plot(*zip(*(found.values() or [(np.nan, np.nan)])), style, ms=4, alpha=0.6, label=name)
+    e.axline((0.01, 0.01), (1, 1), color='0.5', lw=1)
+    e.set(xscale='log', yscale='log', xlabel='predicted excess, nats/byte', ylabel='measured',
+          xlim=(1e-3, 5), ylim=(1e-3, 5), title='Excess loss, predicted and measured')
     e.legend(fontsize=8)
-    compute, P = np.geomspace(1e10, 1e15, 61), np.linspace(2, 16, 281)
-    if 'gamma_w' in c:
-        for N in sizes:     # one row for each compute, one column for each P
+    compute, P = np.geomspace(1e10, 1e15, 121), np.linspace(2, 16, 281)
+    together = [f for f in (c, *fits) if all(f'gamma_{x}' in f for x in TOGETHER)]
+    if together and together[0] is c:
+        for N in sizes:     # a row for each compute, a column for each P
             D = compute[:, None] * 16 / (6 * N * P)
-            g.plot(compute, P[trained(c, N, D, w=P).argmin(1)], color=color[N], lw=1)
-        g.axhline(best_precision(c, ['w']), color='k', label='N is free')
-        g.axhspan(*interval([best_precision(f, ['w']) for f in fits]), color='0.9',
+            best = trained(c, N, D, **dict.fromkeys(TOGETHER, P)).argmin(1)
+            D = np.take_along_axis(D, best[:, None], 1)[:, 0]
+            near = (2e5 < D) & (D < 1e8)
+            g.plot(compute[near], P[best[near]], color=color[N])
+        g.axhline(best_precision(c, TOGETHER), color='k', label='N is free')
+        g.axhspan(*interval([best_precision(f, TOGETHER) for f in together[1:]]), color='0.9',
                   label='90 % of the bootstrap')
         g.legend(fontsize=8)
-    g.set(xscale='log', xlabel='compute, (6/16) N D P', ylabel='bits per weight', ylim=(0, 17),
-          title='Best precision of weights; colors: at that N')
+    g.set(xscale='log', xlabel='compute, (6/16) N D P', ylabel='P, bits of w, x, k and v',
+          ylim=(0, 17), title='Best precision; colors: at that N')
     if 'C_T' in c:
         N = np.geomspace(sizes[0], 10 * sizes[-1])
+        after = [f for f in fits if 'C_T' in f]
         for post in (2, 3, 4):
-            h.plot(N, [critical_data(c, n, post) / n for n in N], label=f'{post} bits')
+            past = lambda f: [critical_data(f, n, post) / n for n in N]
+            line, = h.plot(N, past(c), label=f'{post} bits')
+            h.fill_between(N, *np.quantile([past(f) for f in after], (0.05, 0.95), axis=0),
+                           color=line.get_color(), alpha=0.2)
+        D = sorted({p['D'] for p in points})
+        h.fill([sizes[0], sizes[0], sizes[-1], sizes[-1]],
+               [D[0] / sizes[0], D[-1] / sizes[0], D[-1] / sizes[-1], D[0] / sizes[-1]],
+               color='0.5', alpha=0.2, label='what was trained')
         h.legend(fontsize=8)
     h.set(xscale='log', yscale='log', xlabel='N', ylabel='D / N',
           title='Past this, more data makes the quantized model worse')
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     fig.savefig(path, dpi=110)
+
+
+def positive(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is not a positive number')
+    return value
 
 
 STEPS = {'sweep': sweep, 'fit': fit_step, 'predict': predict, 'plot': plot}
@@ -722,7 +789,7 @@ if __name__ == '__main__':
     for name, text in (('compute', 'of plan: operations of 16 bits, (6 / 16) N D P'),
                        ('memory', 'of plan: bytes of the weights, N P / 8'),
                        ('tokens', 'of plan: most tokens there are')):
-        parser.add_argument(f'--{name}', type=float, help=text)
+        parser.add_argument(f'--{name}', type=positive, help=text)
     os.chdir(ROOT)                                      # where config/ is
     options = parser.parse_args()
     if 'plan' in options.steps:
