@@ -657,9 +657,9 @@ def plot(options):
         known = all(f'gamma_{x}' in PUBLISHED for x in kinds)
         lines.append(f'| P* of {", ".join(kinds)}, bits | {P:.1f} | {show(spread)} | | | '
                      f'{show([best_precision(PUBLISHED, kinds)]) if known else ""} |')
-    lines += ['', 'Of the bootstrap ' + ', '.join(
-        f'{100 * share:.0f} % resolve {part}' for part, share in found['shares'].items()
-        if share < 1) + '; each interval is of those that do.']
+    some = [f'{100 * share:.0f} % of the bootstrap resolve {part}'
+            for part, share in found['shares'].items() if share < 1]
+    lines += ['', f'{", ".join(some)}; intervals are of those that do.'] if some else []
     lines += ['', '| trained directly | N_eff / N and 90 % of the bootstrap, small to large |',
               '|---|---|']
     rng = np.random.default_rng(0)      # both losses of a share have the noise of a seed
