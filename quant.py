@@ -261,11 +261,11 @@ def _round(y, s, key, start):
     u = uniform(y, key, start) if stochastic else None
     if s.grid in FLOATS:
         mantissa, smallest, top, _ = FLOATS[s.grid]
-        exponent = ((y.view(torch.int32) >> 23) & 0xFF) - 127          # floor(log2 |y|)
-        exponent = exponent.clamp(min=smallest) - mantissa
-        spacing = ((exponent + 127) << 23).view(torch.float32)         # of the grid around y
+        power = (y.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 |y|)
+        spacing = power.clamp(2.0 ** smallest, top) * 2.0 ** -mantissa  # of the grid around y
         y = y / spacing                                                # exact: a power of two
-        y = y.floor() + (u < y - y.floor()) if stochastic else y.round()
+        below = y.floor()                                              # up if u < y - below
+        y = below + (y - below - u).ceil() if stochastic else y.round()
         return (y * spacing).clamp(-top, top)
     low, high = INTEGERS[s.grid]
     c = y
@@ -501,6 +501,8 @@ def matmul(a, b, compute, dtype, bias=None):
 
     int8 and fp8 need scales that are constant along K, and read a byte an element."""
     if compute == 'float':
+        if all(q.spec and q.spec.rotation for q in (a, b)):         # (a H)(b H)^T = a b^T
+            a, b = (q._replace(spec=replace(q.spec, rotation='')) for q in (a, b))
         return F.linear(dequantize(a, dtype), dequantize(b, dtype), bias)
     s_a, s_b = _row_scale(a), _row_scale(b).T                               # (M, 1), (1, N)
     a, b = (unpack(q.codes, q.spec, q.cols) for q in (a, b))

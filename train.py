@@ -448,7 +448,7 @@ def pick_dtype(config, device):
 def pick_compile(config, device):
     """auto: on a GPU, and on a CPU for runs that are longer than compiling; if it works."""
     trains = not (config.eval_only or config.ptq)
-    pays = device.type == 'cuda' or device.type == 'cpu' and config.max_iters >= 500
+    pays = device.type == 'cuda' or device.type == 'cpu' and config.max_iters >= 250
     if config.compile == 'no' or config.compile == 'auto' and not (trains and pays):
         return False
     try:

@@ -1,7 +1,7 @@
 """
 What each strategy costs in quality, part 1: paper 1 (2407.11722) and the strongest ways to 4 bits.
 
-    python -m experiments.pretraining                   the small model, 3 seeds, three hours
+    python -m experiments.pretraining                   the small model, 3 seeds, two hours
     python -m experiments.pretraining --size=default    larger; --size=gpt2 on a GPU
 
 Trains every row with equal data and steps, decides the claims below, which were written before
@@ -23,8 +23,10 @@ from model import GPT
 from quant import Linear, Recipe, dequantize, health, held, quantize, rtn_, spec
 from train import make_optimizer, parse, pick_dtype, to_batch
 
-# every row trains by the rates best for the baseline; experiments/direct.py has the tries
-RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3', '--beta2=.95'],
+# every row trains by the rates best for the baseline; experiments/direct.py has the tries. The
+# small ones are so many that they have fewer steps than there
+RATES = {'small': ['--learning_rate=1.5e-3', '--embedding_lr=12e-3', '--beta2=.95',
+                   '--max_iters=256'],
          'default': [],
          'large': ['--learning_rate=1e-3', '--embedding_lr=4e-3'],
          'gpt2': []}
@@ -235,7 +237,7 @@ def post_training(run):
     for how in ('', 'int8/row', 'int4/row', 'int3/row', 'ternary/row/absmean'):
         for layer in layers(run).values():
             layer.how = Recipe(weights=spec(how), parts=layer.how.parts)
-        found[how] = run.evaluate(2 ** 17)['val_loss']
+        found[how] = run.evaluate(run.config.final_tokens)['val_loss']
     return found
 
 
@@ -397,7 +399,8 @@ def draw_analysis(found, path):
 
 def main(options):
     sections = rows()
-    size = [*SIZES[options.size], *RATES[options.size], '--eval_interval=1000']
+    size = [*SIZES[options.size], *RATES[options.size], '--eval_interval=1000',
+            f'--final_tokens={2 ** 17}']
     jobs = {name: [Job(name, [*size, *arguments(text)], seed) for seed in (1, 2, 3)]
             for section in sections.values() for name, text in section.items()}
     stem = RESULTS / f'pretraining-{options.size}'
