@@ -288,20 +288,26 @@ def _round(y, s, key, start):
 BASE = {1: 256, 2: 16, 4: 4, 5: 3, 8: 2}        # so many digits of this base are a byte
 
 
-def pack(c, s):
-    """Codes (float32) to storage. Below 8 bits a byte holds several: of n bytes in a row the j-th
-    the codes j, j + n, j + 2n ..; that way packing and unpacking go through memory in order. Codes
-    of 3, 5, 6 or 7 bits lie in two or three fields (`Spec.packs`), one behind the other."""
+def _encode(c, s):
+    """Codes (float32) as they are stored, not packed yet: uint8 from 0 up if they will be."""
     if s.grid == 'fp4':
         a = c.abs()
         i = 2 * a.clamp(max=2) + (a - 2).clamp(0, 2) + (a - 4).clamp(min=0) / 2
-        c = i + 8 * (c < 0).float()
-    elif s.grid in FLOATS:
+        return (i + 8 * (c < 0).float()).to(torch.uint8)
+    if s.grid in FLOATS:
         return c.to(FLOATS[s.grid][3])
+    if s.packed:
+        return (c - INTEGERS[s.grid][0]).to(torch.uint8)
+    return c.to(torch.uint8 if s.grid == 'uint8' else torch.int8)
+
+
+def pack(c, s):
+    """Several codes to a byte below 8 bits: of n bytes in a row the j-th holds the codes j, j + n,
+    j + 2n ..; that way packing and unpacking go through memory in order. Codes of 3, 5, 6 or 7
+    bits lie in two or three fields (`Spec.packs`), one behind the other."""
     if not s.packed:
-        return c.to(torch.uint8 if s.grid == 'uint8' else torch.int8)
-    low = 0 if s.grid == 'fp4' else INTEGERS[s.grid][0]
-    c, fields = (c - low).to(torch.uint8), []
+        return c
+    fields = []
     for n in s.packs:
         field = c if n == s.packs[-1] else c & (BASE[n] - 1)
         digits = F.pad(field, (0, -c.shape[-1] % n)).unflatten(-1, (n, -1)).unbind(-2)
@@ -385,11 +391,11 @@ def quantize(x, how, key=0, scale=None, parts=1, start=0):
         return QTensor(x, cols=x.shape[-1])
     x = rotate(x) if s.rotation else x.float()
     if s.grid == 'bf16':
-        return QTensor(pack(_round(x, s, key, start), s), spec=s, cols=x.shape[-1])
+        return QTensor(_encode(_round(x, s, key, start), s), spec=s, cols=x.shape[-1])
     scale, zero, outer = _scales(x, s, parts) if scale is None else (scale, None, None)
     y = _grouped(x, s, parts) / _real_scale(scale, outer)
     y = y if zero is None else y - zero
-    codes = pack(_round(y, s, key, start).reshape(x.shape), s)
+    codes = pack(_encode(_round(y, s, key, start), s).reshape(x.shape), s)
     return QTensor(codes, scale, zero, outer, s, x.shape[-1])
 
 
@@ -400,8 +406,9 @@ def dequantize(q, dtype=torch.float32):
     y = _levels(unpack(q.codes, q.spec, q.cols), q.spec)
     x = _grouped(y, q.spec, q.scale.shape[0])
     x = x if q.zero is None else x + q.zero
-    x = (x * _real_scale(q.scale, q.outer)).view(y.shape)
-    return (rotate(x) if q.spec.rotation else x).to(dtype)
+    x = x * _real_scale(q.scale, q.outer)
+    x = rotate(x.view(y.shape)) if q.spec.rotation else x
+    return x.to(dtype).view(y.shape)    # not before: torch.compile would divide to find a scale
 
 
 def fake_quant(x, how, key=0, parts=1):
@@ -1178,7 +1185,7 @@ def gptq(W, H, how, damping=0.01, act_order=False, parts=1):
             E[:, i - a] = (W[:, i] - step[:, i] * codes[:, i]) / U[i, i]
             W[:, i:b] -= torch.outer(E[:, i - a], U[i, i:b])
         W[:, b:] -= E @ U[a:b, b:]
-    return grid._replace(codes=pack(codes[:, order.argsort()], s))
+    return grid._replace(codes=pack(_encode(codes[:, order.argsort()], s), s))
 
 
 @torch.no_grad()
