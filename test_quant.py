@@ -1052,6 +1052,21 @@ def test_generated_code_rounds_alike():
         assert torch.equal(torch.compile(codes)(x), codes(x))
 
 
+@pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs a C++ compiler')
+def test_generated_code_of_blocks():
+    """Blocks of g, along its rows for dx and along its columns for dw: inductor 2.13 fails on
+    kernels that find both scales by a division, so the code must not make it divide."""
+    layer = Linear(64, 64, weights='int8/32', activations='int8/32', gradients='int8/32',
+                   backward='requantize')
+    results = []
+    for f in (torch.compile(layer), layer):
+        x = normal(128, 64).requires_grad_()
+        y = f(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.weight))))
+    for compiled, eager in zip(*results):
+        torch.testing.assert_close(compiled, eager)
+
+
 @pytest.fixture
 def capture(monkeypatch):
     """torch.compile captures whole graphs but generates no code, and counts them."""
