@@ -1060,9 +1060,9 @@ def test_generated_code_of_blocks():
                    backward='requantize')
     results = []
     for f in (torch.compile(layer), layer):
-        x = normal(128, 64).requires_grad_()
+        x = normal(128, 64).bfloat16().requires_grad_()
         y = f(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.weight))))
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, layer.weight))))
     for compiled, eager in zip(*results):
         torch.testing.assert_close(compiled, eager)
 
