@@ -51,6 +51,9 @@ class Attention(nn.Module):
         self.n_head, self.kv_cache = config.n_head, spec(config.kv_cache)
         head = torch.zeros(1, config.n_embd // config.n_head)
         quantize(head, self.kv_cache)                   # ValueError now if a block does not divide
+        if self.kv_cache and self.kv_cache.rounding == 'stochastic':
+            raise ValueError('kv_cache: a token is rounded once and then read at every step; use '
+                             'nearest')
         self.c_attn = linear(config, config.n_embd, 3 * config.n_embd, parts=3)
         self.c_proj = linear(config, config.n_embd, config.n_embd)
         self.dropout = config.dropout

@@ -3,9 +3,9 @@ Quantized training of language models: every strategy, one vocabulary.
 
 A linear layer is three matmuls. With tokens in rows, x (N, in), w (out, in), g = dL/dy (N, out):
 
-    forward     y  = x^ w^T  (+ b)       x^ = Q_a(x),  w^ = Q_w(w)
+    forward     y  = x^ (w^)^T  (+ b)    x^ = Q_a(x),  w^ = Q_w(w)
     backward    dx = g^ w^               g^ = Q_g(g)
-                dw = g^T x^
+                dw = (g^)^T x^
 
 A step of AdamW reads and writes three more tensors, each of the shape of w: w itself, m and v. All
 of these can be quantized, and a string says how: 'int8/row', 'ternary/tensor/absmean',
@@ -70,8 +70,9 @@ class Spec:
               bf16
     group     what shares a scale: the tensor, a row (along the last axis), a column (along all the
               others), or a block of so many neighbours on the last axis
-    scale     absmax: s = max|x| / Qp, which clips nothing; absmean: s = mean|x| / Qp; mse: of .3,
-              .4 .. 1 times absmax the one with the least |x - x^|^2
+    scale     absmax: s = max|x| / Qp, which clips nothing and leaves codes below -Qp unused (so
+              that int2 has three levels); absmean: s = mean|x| / Qp; mse: of .3, .4 .. 1 times
+              absmax the one with the least |x - x^|^2
     rounding  nearest, or stochastic: up with the probability that makes the mean right, of all
               that is not clipped
     map       the level of code c is c (linear), c |c| (sqrt, for m) or c |c|^3 (root4, for v:
@@ -80,7 +81,8 @@ class Spec:
     rotation  hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
     packing   trits: five ternary codes per byte (3^5 = 243) instead of four
     format    '', 'nvfp4' (fp4, blocks of 16, e4m3 scales under one float32 scale) or 'mxfp4' (fp4,
-              blocks of 32, scales that are powers of two)
+              blocks of 32, scales that are powers of two); their scales are rounded, so that the
+              largest of a block may be clipped, in mxfp4 by up to a quarter
     """
     grid: str
     group: str | int = 'tensor'
@@ -187,7 +189,7 @@ def noise_key(*numbers):
     """One int32 from (seed, step, ...): the same numbers give the same noise on any machine."""
     key = 0
     for n in numbers:
-        for _ in range(2):  # one step of the 64-bit splitmix a number
+        for _ in range(2):  # in the style of splitmix64
             key = (key + n * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & ((1 << 64) - 1)
             key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
             key ^= key >> 27
@@ -285,7 +287,7 @@ def _round(y, s, key, start):
     return c.clamp(low, high)
 
 
-BASE = {1: 256, 2: 16, 4: 4, 5: 3, 8: 2}        # so many digits of this base are a byte
+BASE = {2: 16, 4: 4, 5: 3, 8: 2}                # so many digits of this base are a byte
 
 
 def _encode(c, s):
@@ -408,7 +410,7 @@ def dequantize(q, dtype=torch.float32):
     x = x if q.zero is None else x + q.zero
     x = x * _real_scale(q.scale, q.outer)
     x = rotate(x.view(y.shape)) if q.spec.rotation else x
-    return x.to(dtype).view(y.shape)    # not before: torch.compile would divide to find a scale
+    return x.to(dtype).view(y.shape)    # last: else inductor finds a block's scale by dividing
 
 
 def fake_quant(x, how, key=0, parts=1):
@@ -439,9 +441,11 @@ class Recipe:
     gradients_in   'dx', 'dw' or 'both': the matmuls of the backward that see g^ instead of g
     backward       'ste': they see x^ and w^, as the forward did; 'full': x and w; 'fold' and
                    'requantize': all operands are codes, see `matmul_on_codes`
-    compute        'float': dequantized operands are multiplied; 'int8', 'fp8': the codes are
+    compute        'float': dequantized operands are multiplied; 'int8', 'fp8': the codes are, in
+                   the forward, and with fold and requantize in the backward
     The three meanings of "quantized gradients" in paper 1 and its code: straight-through as in the
-    text is (ste, both); its released code is (full, dw); like SwitchBack is (full, dx).
+    text is (ste, both); its released code is (full, dw); like SwitchBack, but for its quantized w
+    in dx, is (full, dx).
     """
     weights: Spec | None = None
     activations: Spec | None = None
@@ -563,13 +567,13 @@ def _transpose(q):
 
 
 def matmul_on_codes(g, q, how, key, transposed):
-    """g^ w^ for dx, or g^T x^ (transposed) for dw, on codes: q = w or x; g (N, out).
+    """g^ w^ for dx, or (g^)^T x^ (transposed) for dw, on codes: q = w^ or x^; g (N, out).
 
     The sum is over the rows of q, which have scales of their own, so those do not come out of it.
     Either g takes them in, or q is quantized anew, along the sum:
 
         fold          dx = Q(g s_w) codes(w)        dw = Q(g s_x)^T codes(x)
-        requantize    dx = Q(g) Q(w^T)^T            dw = Q(g^T) Q(x^T)^T
+        requantize    dx = Q(g) Q((w^)^T)^T         dw = Q(g^T) Q((x^)^T)^T
 
     Q is the Spec of the gradients, groups and rotation along the sum; x^ and w^ are rounded to
     nearest, and to e4m3 where g is e5m2. Folding reuses the codes of the forward, and costs
@@ -605,7 +609,8 @@ def matmul_backward(g, x, w, how, key):
 
 
 class Matmul(torch.autograd.Function):
-    """y = x^ w^T + b,  dx = g^ w^,  dw = g^T x^,  db = sum g:  x (N, in), w (out, in), g (N, out).
+    """y = x^ (w^)^T + b,  dx = g^ w^,  dw = (g^)^T x^,  db = sum g,  of x (N, in), w (out, in) and
+    g (N, out).
 
     w is `weight`, or the codes and scale of a low-bit master; then `weight` is only where its
     gradient goes. What is saved for the backward is codes and scales, not what they stand for."""
@@ -632,11 +637,11 @@ class Matmul(torch.autograd.Function):
 
 
 def cross_entropy(x, w, targets, how, key, weight):
-    """Sum over tokens of L = -log softmax(x^ w^T)[target]; with it weight dL/dx and weight dL/dw.
+    """Sum over tokens of L = -log softmax(x^ (w^)^T)[target], weight dL/dx and weight dL/dw.
 
     x (n, in), w (vocab, in), targets (n,). weight None: no gradients. In float32 but for matmuls:
 
-        L = logsumexp(z) - z[target],    dL/dz = softmax(z) - onehot(target),    z = x^ w^T"""
+        L = logsumexp(z) - z[target],    dL/dz = softmax(z) - onehot(target),    z = x^ (w^)^T"""
     dtype, full = x.dtype, (QTensor(x, cols=x.shape[1]), QTensor(w, cols=x.shape[1]))
     seen = operands(*full, how, key)
     z = matmul(*seen, how.compute, dtype).float()                          # (n, vocab)
@@ -690,10 +695,10 @@ def check_master(master):
 
 
 class Linear(nn.Module):
-    """y = x^ w^T + b over the last axis of x (..., in). Arguments: those of Recipe, as strings.
+    """y = x^ (w^)^T + b over the last axis of x (..., in). Arguments: those of Recipe, as strings.
 
-    parts     number of equal, independent slices of the output (3 for a fused q, k, v): their
-              weights and gradients are scaled separately
+    parts     number of equal, independent slices of the output (3 for a fused q, k, v): what has a
+              scale per tensor has one for each, and so have gradients (but in fold and requantize)
     store_()  replaces the float32 weight by codes, which are then all there is of it
     """
 
@@ -746,7 +751,8 @@ class Linear(nn.Module):
         if s is None:
             return
         if q is None:
-            q = quantize(self.weight, replace(s, rounding='nearest'), parts=self.how.parts)
+            w = dequantize(self.stored())
+            q = quantize(w, replace(s, rounding='nearest'), parts=self.how.parts)
         self.master = s
         self.codes, self.scale = q.codes, q.scale
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand(self.weight.shape))
@@ -951,7 +957,7 @@ class Group:
     def _zeros(self, how, device):
         """Quantized zeros, made of one row of them."""
         q = quantize(torch.zeros(1, self.cols, device=device), how)
-        shared = q.spec is not None and q.spec.shared                  # by all rows
+        shared = q.spec is not None and q.spec.group in ('tensor', 'column')    # by all rows
         codes, scale, zero = (
             None if t is None else t.repeat(self.rows, *[1] * (t.dim() - 1)) for t in q[:3])
         return q._replace(codes=codes) if shared else QTensor(codes, scale, zero, *q[3:])
@@ -1057,9 +1063,9 @@ class AdamW:
                 group.ds = torch.zeros_like(group.w.scale)
 
     def _momentum(self):
-        """beta1, 1 - prod beta1 and tau of the weights of Linear layers. tau counts in the size of
-        r under white noise: the root of N, the sum of squared weights of the gradients in m, over
-        bias1."""
+        """beta1, 1 - prod beta1 and tau of the weights of Linear layers. Of gradients that are
+        white noise of variance v, m = sum w_i g_i has variance N v, N = sum w_i^2, so that r has
+        the deviation sqrt(N) / bias1: tau is `threshold` times that."""
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / self.ramp)) if self.ramp else self.betas[0]
         self.momentum *= beta1
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
@@ -1154,10 +1160,10 @@ def gptq(W, H, how, damping=0.01, act_order=False, parts=1):
 
     for columns i = 1 .. in: what rounding a column does to the output, those after it make up for.
     H = 2 mean x x^T over the inputs x of the layer, (in, in) float32, and U is the upper Cholesky
-    factor, U^T U = (H + damping mean(diag H) 1)^-1. The grid is that of rounding W to nearest: s
-    is of W as it comes. A channel without data (H_ii = 0) is rounded to nearest. Columns go in
-    blocks of 128: what lies after a block is corrected by one matmul. (Frantar et al., GPTQ,
-    arXiv 2210.17323, which sets weights of channels without data to 0.)
+    factor, U^T U = (H + damping mean(diag H) 1)^-1, the mean over H_ii > 0. The grid is that of
+    rounding W to nearest: s is of W as it comes. A channel without data (H_ii = 0) is rounded to
+    nearest. Columns go in blocks of 128: what lies after a block is corrected by one matmul.
+    (Frantar et al., GPTQ, arXiv 2210.17323, which sets weights of channels without data to 0.)
 
     act_order  columns by descending H_ii instead of in order; `parts` as in quantize
     Raises ValueError where H, damped, is not positive definite: more data, or more damping."""
@@ -1276,17 +1282,18 @@ def shares(model):
 
 
 def _damage(x, how, parts=1):
-    """What quantizing x does: signal-to-noise in dB (None: exact), shares of zeros and clipped."""
-    x = x.float()
-    q = quantize(x, how, parts=parts)
+    """What quantizing x does: signal-to-noise in dB (None: exact), shares of zeros and of what is
+    beyond the grid; where it is rotated, of x H."""
+    x, s = rotate(x) if how.rotation else x.float(), replace(how, rotation='')
+    q = quantize(x, s, parts=parts)
     y = dequantize(q)
     noise = (x - y).square().sum()
     snr = 10 * math.log10(x.square().sum() / noise) if noise > 0 else None
     clipped = 0.0
     if q.zero is None and q.scale is not None:
-        most = q.spec.top * _real_scale(q.scale, q.outer) * (1 + 1e-5)
-        turned = rotate(x) if q.spec.rotation else x
-        clipped = (_grouped(turned, q.spec, parts).abs() > most).float().mean().item()
+        low = -s.top if s.grid in FLOATS else _levels(torch.tensor(INTEGERS[s.grid][0]), s).item()
+        levels = _grouped(x, s, parts) / _real_scale(q.scale, q.outer) / (1 + 1e-5)
+        clipped = ((levels < low) | (levels > s.top)).float().mean().item()
     return {'snr_db': snr, 'zero': (y == 0).float().mean().item(), 'clipped': clipped}
 
 

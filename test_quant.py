@@ -580,7 +580,7 @@ def test_adamw_is_torch_adamw():
 @pytest.mark.parametrize('m, v, error', [
     ('int8/128/sqrt', '', 0.05), ('', 'uint8/128/root4', 0.05),
     ('int8/128/sqrt', 'uint8/128/root4', 0.05), ('int4/128/sqrt', 'uint4/128/root4', 0.6),
-    ('bf16/stochastic', 'bf16/stochastic', 0.02)])
+    ('nvfp4', '', 0.6), ('bf16/stochastic', 'bf16/stochastic', 0.02)])
 def test_quantized_states_stay_close(m, v, error):
     size = normal(64, 128, seed=99).exp()                               # sigma = 1 in each block
     moved = []
@@ -922,6 +922,14 @@ def test_gptq_goes_through_the_model_layer_by_layer(flavour):
         gptq_(gpt(), 'int4/row', [])
 
 
+def test_codes_can_be_rounded_to_fewer_bits():
+    layer = Linear(64, 32)
+    layer.store_('int8/row')
+    w = dequantize(layer.stored())
+    layer.store_('int4/row')
+    assert torch.equal(dequantize(layer.stored()), fake_quant(w, 'int4/row')) and w.any()
+
+
 # ------------------------------------------------------------------------------------------------
 # the model
 
@@ -1041,6 +1049,9 @@ def test_health_sees_what_quantization_does():
     assert sum(levels.values()) == pytest.approx(1)
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
+    x = torch.tensor([[-1.9, -0.4, 0.3, 1.0, 1.0, -1.0, 1.0, 1.4]])     # mean|x| = 1: from -2 to 1
+    assert quant._damage(x, spec('int2/row/absmean'))['clipped'] == 1 / 8
+    assert quant._damage(x, spec('int2/row/hadamard'))['zero'] > 0.1    # of x H
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs a C++ compiler')
@@ -1475,6 +1486,7 @@ def test_other_bad_input(small, tmp_path):
     for key in ('weights', 'activations', 'gradients', 'kv_cache', 'adam_m', 'adam_v'):
         assert 'blocks of 48 do not divide a last axis of' in error(*small, f'--{key}=int8/48')
     assert 'cannot grow token by token' in error(*small, '--kv_cache=int8/tensor')
+    assert 'use nearest' in error(*small, '--kv_cache=int8/row/stochastic')
     assert 'has no negatives' in error(*small, '--adam_m=uint8/row')
     assert 'v must stay positive' in error(*small, '--adam_v=int8/row/hadamard')
     assert 'multiple of 16' in error(*small, '--gradients=nvfp4', '--backward=requantize',

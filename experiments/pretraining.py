@@ -48,6 +48,7 @@ def rows():
                                   ('g^ in dx, full x and w', 'gradients_in=dx backward=full'))}
     states = ['adam_m=int8/row', 'adam_m=int4/row', 'adam_v=uint8/row', 'adam_v=uint8/64/root4',
               'adam_v=uint4/64/root4', 'config/adam8.py', 'config/adam4.py',
+              'config/adam8.py beta2=0.999', 'config/adam4.py beta2=0.999',
               'beta2=0.999', 'adam_v=uint8/tensor beta2=0.999',     # the betas of paper 1
               'adam_v=uint8/64/root4 beta2=0.999']
     together = ['config/w8a8.py', 'config/w8a8.py compute=float',       # not codes multiplied
