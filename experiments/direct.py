@@ -6,8 +6,8 @@ What each strategy costs in quality, part 2: direct quantized training (paper 2,
     python -m experiments.direct --size=large --sections hard        and at 41M for 5,000 steps
     python -m experiments.direct --sections                          only print and draw
 
-Low-bit masters against BitNet b1.58 and full precision, each with rates of its own, found by as
-many tries (section `tune`); the controls; the ingredients of the direct update, and ideas that are
+Low-bit masters against BitNet b1.58 and full precision, each with rates of its own, found by tries
+on seed 1 (section `tune`); the controls; the ingredients of the direct update, and ideas that are
 not in it. Writes experiments/results/direct-<size>.jsonl (one line a run; finished ones are
 skipped), .md and .png.
 """
@@ -82,6 +82,7 @@ TRIES = {
     'gpt2': {
         BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4 embedding_lr=6e-4'],
         TERNARY: ['embedding_lr=2e-3']}}
+CHANGES = 'controls', 'states', 'ingredients', 'ideas'      # sections about direct ternary
 EMBEDDINGS = {  # the rates of masters on their own grid, and under a ternary forward
     'small': ('12e-3', '48e-3'), 'default': ('6e-3', '6e-3'), 'large': ('4e-3', '4e-3'),
     'gpt2': ('6e-4', '6e-4')}
@@ -226,7 +227,10 @@ def main(options):
     for section, names in sections.items():
         names = [name for name in names if losses(results, name)]
         if names:
-            lines += ['', f'**{section}**', '', *table(results, BITNET, names)]
+            reference = TERNARY if section in CHANGES else BASE
+            reference = reference if losses(results, reference) else BITNET
+            lines += ['', f'**{section}**, differences from {reference}', '',
+                      *table(results, reference, names)]
     stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
     if losses(results, TERNARY):

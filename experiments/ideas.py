@@ -48,10 +48,15 @@ def squared(m, v, h):
     return r * r.abs()
 
 
+def evidence(m, g, h):
+    """m after this step, before a code that moves uses it up."""
+    return h.beta1 * quant.dequantize(m) + (1 - h.beta1) * h.clip * g
+
+
 def kept(w, g, m, v, h, key, start, code_units):
     if not code_units:
         return update(w, g, m, v, h, key, start, code_units)
-    whole = h.beta1 * quant.dequantize(m) + (1 - h.beta1) * h.clip * g
+    whole = evidence(m, g, h)
     out = update(w, g, m, v, h, key, start, code_units)
     quant._put(m, quant.quantize(whole, m.spec, key + 1, start=start))
     return out
@@ -62,33 +67,35 @@ def feedback(w, g, m, v, h, key, start, code_units):
     through m: m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr."""
     if not code_units:
         return update(w, g, m, v, h, key, start, code_units)
-    before = quant.dequantize(w) / w.scale                              # q
+    before, whole = quant.dequantize(w) / w.scale, evidence(m, g, h)    # q and m
     out = update(w, g, m, v, h, key, start, code_units)
     after, now = quant.dequantize(w) / w.scale, quant.dequantize(m)
     v = v[0] * v[1] / v[2] if not isinstance(v, quant.QTensor) else quant.dequantize(v)
-    wanted = (before - h.lr * usual(now, v, h)).clamp(-w.spec.top, w.spec.top)
+    wanted = (before - h.lr * usual(whole, v, h)).clamp(-w.spec.top, w.spec.top)
     unit = h.bias1 / h.bias2.sqrt() * v.sqrt() * (1 - h.beta1) / h.lr
     quant._put(m, quant.quantize(now - (wanted - after) * unit, m.spec, key + 7, start=start))
     return out
 
 
 def sticky(w, g, m, v, h, key, start, code_units):
-    """A code does not go back to zero where |m| is below three times its mean."""
+    """A code does not go back to zero where |m| is below three times its mean, and m stays."""
     if not code_units:
         return update(w, g, m, v, h, key, start, code_units)
-    q, old = quant.dequantize(w), quant.dequantize(m)
+    q, old, whole = quant.dequantize(w), quant.dequantize(m), evidence(m, g, h)
     back = (old * q > 0) & (old.abs() < 3 * old.abs().mean())
     out = update(w, g, m, v, h, key, start, code_units)
     now = quant.dequantize(w)
     stay = back & (now == 0) & (q != 0)
     quant._put(w._replace(scale=None), quant.quantize(torch.where(stay, q, now), w.spec,
                                                       scale=w.scale))
+    whole = torch.where(stay, whole, quant.dequantize(m))
+    quant._put(m, quant.quantize(whole, m.spec, key + 1, start=start))
     return out
 
 
 def attention(optimizer, group, a, b, g, clip):
     """Attention at half the rate of the MLPs; needs one call a parameter."""
-    h, name = group.h, group.names[[span[0] for span in group.spans].index(a)]
+    h, name = group.h, group.names[group.spans.index((a, b))]
     group.h = h._replace(lr=h.lr * (0.5 if '.attn.' in name else 1.0))
     step(optimizer, group, a, b, g, clip)
     group.h = h

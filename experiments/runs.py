@@ -166,13 +166,14 @@ def run_all(path, todo, jobs, keep=(), run=run_one):
     spawn = get_context('spawn')
     with ProcessPoolExecutor(jobs, spawn, start_worker, (threads,)) as pool:
         missing = {job.mark: job for job in todo if job.mark not in done}      # each once
+        keep = {job.mark for job in todo if job.name in keep}
         pending = {pool.submit(run, job): job for job in missing.values()}
         try:
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()
                 with open(path, 'a', encoding='utf-8') as f:
                     f.write(json.dumps(result) + '\n')
-                if result['name'] not in keep:
+                if result['mark'] not in keep:
                     shutil.rmtree(pending[future].folder)
                 tqdm.write(f"{result['name']}, seed {result['seed']}: val loss {show(result)}")
         except (KeyboardInterrupt, BrokenProcessPool):
@@ -205,11 +206,16 @@ def losses(results, name):
             for r in results if r['name'] == name}
 
 
+def differences(results, a, b):
+    """loss(a) / loss(b) - 1 in percent, for each seed that both have and on which b ended."""
+    a, b = losses(results, a), losses(results, b)
+    return [100 * (a[seed] / b[seed] - 1) for seed in a if b.get(seed, math.inf) < math.inf]
+
+
 def compare(results, a, b):
     """Mean and standard error of loss(a) / loss(b) - 1 in percent over the seeds that both have;
     of a single seed the error is nan, and without any, so is the mean."""
-    a, b = losses(results, a), losses(results, b)
-    percent = [100 * (a[seed] / b[seed] - 1) for seed in a if b.get(seed, math.inf) < math.inf]
+    percent = differences(results, a, b)
     if math.inf in percent:
         return math.inf, 0.0
     if not percent:
@@ -222,7 +228,7 @@ def verdict(results, a, b, sign, percent):
     """'loss(a) <= (1 + percent / 100) loss(b)' (sign '<=', or '>='), as `decide` says."""
     mean, error = compare(results, a, b)
     margin = (percent - mean) * (1 if sign == '<=' else -1)
-    seeds = len(losses(results, a).keys() & losses(results, b).keys())
+    seeds = len(differences(results, a, b))
     spread = ' %, one seed' if math.isnan(error) else f' ± {error:.2f} %'
     numbers = f'{mean:+.2f}{spread}, wanted {sign} {percent:+g} %'
     return decide(margin, error, seeds), numbers
