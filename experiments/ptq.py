@@ -255,7 +255,7 @@ def predictions(loss, survey):
     rank = ranks(list(ratio.values()), [loss[bits, 'RTN'][0] for bits in BITS])
     say('P5', 'rank correlation of r / R with the loss of RTN', rank, at_least(rank, 0.9))
     one, base = survey['steps'].index(1.0), loss['base'][0]
-    for bits in (4, 3, 2):      # our choice: above, differences drown in the noise of fine-tuning
+    for bits in (4, 3, 2):      # our choice: with more, differences drown in fine-tuning's noise
         slope = {m: [(x - base) / r for x, r in zip(loss[bits, m], of(bits, m, 'distance'))]
                  for m in METHODS}
         slope['random'] = [c['rise'][one] / c['norm'] for name, c in
