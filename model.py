@@ -5,9 +5,10 @@ A GPT in two flavours, chosen by `config.flavour`:
     llama   rotary positions on interleaved pairs, RMSNorm, SwiGLU, no biases (Touvron et al.,
             arXiv 2302.13971)
 
-The head is tied to the embedding in both. All that this file knows of quantization is `Linear`,
-whose strings say what it quantizes, and the cache of keys and values. `config` is any object with
-the attributes of train.Config that are named here.
+Keys and values may have fewer heads than queries (`n_kv_head`: grouped-query attention, Ainslie et
+al., arXiv 2305.13245), and the head is tied to the embedding or not (`tied`). All that this file
+knows of quantization is `Linear`, whose `how` says what it quantizes, and the cache of keys and
+values. `config` is any object with the attributes of train.Config that are named here.
 """
 import math
 
@@ -15,13 +16,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import TUNED, KVCache, Linear, StraightThrough, noise_key, quantize, spec
+from quant import (How, KVCache, Linear, QTensor, fake_quant, matmul, matmul_backward,
+                   noise_key, operands, spec)
 
 
-def linear(config, n_in, n_out, parts=1):
-    """A block linear with the config's strategy; parts is how many equal projections it fuses."""
-    return Linear(n_in, n_out, config.bias, config.weights, config.activations, config.gradients,
-                  config.gradients_in, config.backward, config.compute, parts)
+def linear(config, n_in, n_out):
+    """A block linear with the config's strategy."""
+    return Linear(n_in, n_out, config.bias, How(
+        config.weights, config.activations, config.gradients, config.gradients_in,
+        config.backward, config.compute))
 
 
 class Norm(nn.Module):
@@ -31,12 +34,13 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-        self.rms = config.flavour == 'llama'
+        self.rms, self.eps = config.flavour == 'llama', config.norm_eps
 
     def forward(self, x):
+        shape = self.weight.shape
         if self.rms:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-5).to(x.dtype)
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, 1e-5).to(x.dtype)
+            return F.rms_norm(x.float(), shape, self.weight, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 def rope(x, cos, sin):
@@ -48,33 +52,37 @@ def rope(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.kv_cache = config.n_head, spec(config.kv_cache)
-        head = torch.zeros(1, config.n_embd // config.n_head)
-        quantize(head, self.kv_cache)                   # ValueError now if a block does not divide
-        if self.kv_cache and self.kv_cache.rounding == 'stochastic':
-            raise ValueError('kv_cache: a token is rounded once and then read at every step; use '
-                             'nearest')
-        self.c_attn = linear(config, config.n_embd, 3 * config.n_embd, parts=3)
+        self.n_head, self.n_kv = config.n_head, config.n_kv_head or config.n_head
+        self.kv_cache, hs = spec(config.kv_cache), config.n_embd // config.n_head
+        KVCache(config.kv_cache)                        # ValueError now if it cannot hold tokens
+        # one matrix for q, k and v, in this order
+        self.c_attn = linear(config, config.n_embd, (self.n_head + 2 * self.n_kv) * hs)
         self.c_proj = linear(config, config.n_embd, config.n_embd)
         self.dropout = config.dropout
 
     def forward(self, x, angles, cache):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2)       # (B, nh, T, hs)
-                   for y in self.c_attn(x).chunk(3, -1))
-        if x.device.type == 'cpu':                  # there bfloat16 is no faster, or even slower
-            q, k, v = q.float(), k.float(), v.float()
+        y = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv, -1).transpose(1, 2)
+        q, k, v = y.split([self.n_head, self.n_kv, self.n_kv], 1)       # (B, nh, T, hs)
         if angles is not None:
             q, k = rope(q, *angles), rope(k, *angles)
         if cache is not None:
             k, v = cache.append(k, v)                                   # all tokens so far
         elif self.kv_cache:
-            k, v = StraightThrough.apply(k, self.kv_cache), StraightThrough.apply(v, self.kv_cache)
+            # rounding has no gradient, and is taken for the identity
+            k, v = ((t.float() + (fake_quant(t.float(), self.kv_cache) - t.float()).detach())
+                    .to(t.dtype) for t in (k, v))
+        if self.n_kv < self.n_head:                 # a head of k and v for several of q
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv, 1) for t in (k, v))
         # a query at t sees the keys up to t; with a cache there are more keys than queries
-        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T) \
-            if T < k.shape[2] else None
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
-                                           is_causal=mask is None)
+        S, dropout = k.shape[2], self.dropout if self.training else 0.0
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        if x.device.type == 'cpu' and x.dtype == torch.bfloat16 and T == S:
+            # there the fused attention takes twice the time of these matmuls
+            p = (q @ k.mT).float().masked_fill(~mask, -math.inf) * q.shape[-1] ** -0.5
+            y = F.dropout(p.softmax(-1).to(v.dtype), dropout) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, None if T == S else mask, dropout, T == S)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 
@@ -84,8 +92,8 @@ class MLP(nn.Module):
         self.gated = config.flavour == 'llama'
         # a gated MLP has three matrices, not two: 8/3 n_embd, up to a multiple of 256
         usual = -(-8 * config.n_embd // 768) * 256 if self.gated else 4 * config.n_embd
-        hidden, parts = config.hidden or usual, 2 if self.gated else 1
-        self.c_fc = linear(config, config.n_embd, parts * hidden, parts)
+        hidden = config.hidden or usual
+        self.c_fc = linear(config, config.n_embd, 2 * hidden if self.gated else hidden)
         self.c_proj = linear(config, hidden, config.n_embd)
 
     def forward(self, x):
@@ -108,18 +116,79 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
+# ------------------------------------------------------------------------------------------------
+# the head and its loss, whose logits never exist as a whole
+
+def cross_entropy(x, w, targets, how, key, weight):
+    """Sum over tokens of L = -log softmax(x^ (w^)^T)[target], weight dL/dx and weight dL/dw.
+
+    x (n, in), w (vocab, in), targets (n,). weight None: no gradients. In float32 but for matmuls:
+
+        L = logsumexp(z) - z[target],    dL/dz = softmax(z) - onehot(target),    z = x^ (w^)^T"""
+    full = QTensor(x), QTensor(w)
+    seen = operands(*full, how, key)
+    z = matmul(*seen, how.compute == 'codes', x.dtype).float()              # (n, vocab)
+    log_sum, targets = z.logsumexp(1, keepdim=True), targets.unsqueeze(1)
+    loss = (log_sum - z.gather(1, targets)).sum()
+    if weight is None:
+        return loss, None, None
+    onehot = targets == torch.arange(z.shape[1], device=z.device)
+    g = (weight * ((z - log_sum).exp() - onehot.float())).to(x.dtype)
+    return loss, *matmul_backward(g, *(full if how.backward == 'full' else seen), how, key)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x (N, in), w (vocab, in), targets (N,), a chunk of tokens at a time:
+    the logits of one, and their gradients, go before those of the next come. What is kept for
+    the backward is dx and dw, already finished."""
+
+    @staticmethod
+    def forward(ctx, x, w, targets, key, how, chunk, training):
+        N, most = len(x), 2 ** 28 if x.is_cuda else 2 ** 20                # elements of logits
+        chunks = min(N, math.ceil(N * len(w) / most))
+        n = math.ceil(N / chunks / 128) * 128                   # blocks of a Spec divide it
+        loss, dx, dw = 0.0, [], None
+        for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):
+            l_i, dx_i, dw_i = chunk(x_i, w, t_i, how, key + i, 1 / N if training else None)
+            loss = loss + l_i
+            if training:
+                dx.append(dx_i)
+                dw = dw_i.float() if dw is None else dw.add_(dw_i)
+        if training:
+            ctx.save_for_backward(torch.cat(dx), dw)
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, g):
+        dx, dw = ctx.saved_tensors
+        return dx * g, dw * g, None, None, None, None, None
+
+
+class Head(Linear):
+    """A Linear without bias, to the vocabulary. Its weight stays in full precision."""
+    def __init__(self, n_in, vocab_size, how):
+        super().__init__(n_in, vocab_size, how=how)
+        self.chunk = cross_entropy
+
+    def loss(self, x, targets):
+        """Mean cross-entropy of the logits with targets (...), of which all count."""
+        return CrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), self.key,
+                                  self.how, self.chunk, torch.is_grad_enabled())
+
+
 class GPT(nn.Module):
     """logits (B, T, vocab) or loss of token ids (B, T). Activations have the dtype `self.dtype`.
-
     Raises ValueError for a shape that does not fit."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
         if config.flavour not in ('gpt2', 'llama'):
             raise ValueError(f"flavour = '{config.flavour}': use gpt2 or llama")
-        if config.n_embd % config.n_head:
-            raise ValueError(f'n_head = {config.n_head} does not divide n_embd = {config.n_embd}')
-        if config.flavour == 'llama' and (config.bias or config.n_embd // config.n_head % 2):
+        hs, rest = divmod(config.n_embd, config.n_head)
+        if rest or config.n_head % (config.n_kv_head or config.n_head):
+            raise ValueError(f'n_head = {config.n_head} must divide n_embd = {config.n_embd}, and '
+                             f'n_kv_head = {config.n_kv_head} n_head')
+        if config.flavour == 'llama' and (config.bias or hs % 2):
             raise ValueError('flavour llama has no bias and heads of an even size')
         self.config, self.block_size, self.dtype = config, config.block_size, torch.float32
         self.wte = nn.Embedding(vocab_size, config.n_embd)
@@ -129,70 +198,44 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config)
         if config.flavour == 'llama':
-            hs = config.n_embd // config.n_head
             angle = torch.outer(torch.arange(config.block_size).float(),
                                 config.rope_theta ** (-torch.arange(0, hs, 2).float() / hs))
             self.register_buffer('cos', angle.cos(), persistent=False)          # (T, hs / 2)
             self.register_buffer('sin', angle.sin(), persistent=False)
+        how = self.h[0].mlp.c_fc.how if config.quantize_head else How()
         self._init_weights()
-        self.lm_head = linear(config, config.n_embd, vocab_size) if config.quantize_head else \
-            Linear(config.n_embd, vocab_size)
-        self.lm_head.bias = None
-        self.lm_head.weight = self.wte.weight      # tied, and stays so: one parameter
+        self.lm_head = Head(config.n_embd, vocab_size, how)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight       # one parameter, and it stays so
 
     def _init_weights(self):
         """N(0, .02), the projections into the residual stream by sqrt(2 L) less, as GPT-2; with
         init_gain > 0 block linears get N(0, init_gain^2 / fan_in) instead of .02."""
-        nn.init.normal_(self.wte.weight, std=0.02)
-        if self.wpe is not None:
-            nn.init.normal_(self.wpe.weight, std=0.02)
-        for name, layer in self.h.named_modules():
-            if isinstance(layer, Linear):
-                gain = self.config.init_gain
-                std = gain / math.sqrt(layer.weight.shape[1]) if gain else 0.02
-                if name.endswith('c_proj') and not gain:
-                    std = std / math.sqrt(2 * len(self.h))
-                nn.init.normal_(layer.weight, std=std)
-
-    @classmethod
-    def from_pretrained(cls, config, vocab_size, name='gpt2'):
-        """GPT-2's weights, by transformers: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder.
-
-        Raises ValueError when the config is of another shape, ImportError without transformers,
-        OSError when the model is neither here nor to be had."""
-        from transformers import GPT2LMHeadModel
-        hf = GPT2LMHeadModel.from_pretrained(name)
-        n_layer, n_head, n_embd = hf.config.n_layer, hf.config.n_head, hf.config.n_embd
-        shape = {'flavour': 'gpt2', 'bias': True, 'n_layer': n_layer, 'n_head': n_head,
-                 'n_embd': n_embd, 'hidden': 0}
-        wrong = [f'{k} = {v}' for k, v in shape.items() if getattr(config, k) != v]
-        most = hf.config.n_positions
-        if wrong or config.block_size > most or vocab_size < hf.config.vocab_size:
-            raise ValueError(f'{name} needs ' + ', '.join(wrong + [f'block_size up to {most}'])
-                             + ' and data in its tokens (prepare.py --vocab=gpt2)')
-        model = cls(config, vocab_size)
-        ours = model.state_dict()
-        for key, w in hf.transformer.state_dict().items():
-            if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-                w = w.T                                         # stored as (in, out)
-            if key in ours:                                     # not old versions' causal mask
-                ours[key][:len(w)] = w[:len(ours[key])]         # wte is padded, wpe may be cut
-        model.load_state_dict(ours)
-        return model
+        gain, residual = self.config.init_gain, 0.02 / math.sqrt(2 * len(self.h))
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Embedding):
+                nn.init.normal_(layer.weight, std=0.02)
+            elif isinstance(layer, Linear):
+                std = residual if name.endswith('c_proj') else 0.02
+                nn.init.normal_(layer.weight, std=gain / layer.weight.shape[1] ** 0.5 or std)
 
     def compile(self):
         """torch.compile a block, once for all of them, and the loss, in place."""
         options = None
-        if self.config.compute == 'int8' and self.wte.weight.is_cuda:
-            options = TUNED
+        if self.config.compute == 'codes' and self.wte.weight.is_cuda:
+            # scales fuse only into Triton's int8 matmuls
+            options = {'max_autotune_gemm': True}
         for block in self.h:
             block.compile(options=options)
-        self.lm_head.cross_entropy = torch.compile(self.lm_head.cross_entropy, options=options)
+        self.lm_head.chunk = torch.compile(self.lm_head.chunk, options=options)
 
     def set_noise(self, *numbers):
         """Give every Linear its key for stochastic rounding, a function of (seed, step, ..)."""
-        for i, layer in enumerate(m for m in self.modules() if isinstance(m, Linear)):
-            layer.key.fill_(noise_key(*numbers, i))
+        layers = [m for m in self.modules() if isinstance(m, Linear)]
+        keys = torch.tensor([noise_key(*numbers, i) for i in range(len(layers))],
+                            dtype=torch.int32).to(self.wte.weight.device)       # one copy for all
+        for layer, key in zip(layers, keys):
+            layer.key = key
 
     def embed(self, idx, start=0):
         """What blocks take: x (B, T, C), the first token at `start`, and the angles of rope."""
@@ -206,12 +249,11 @@ class GPT(nn.Module):
         return x, (self.cos[start:end], self.sin[start:end]) if self.wpe is None else None
 
     def forward(self, idx, targets=None, caches=None):
-        start = 0 if caches is None or caches[0].k is None else caches[0].k.codes.shape[2]
-        x, angles = self.embed(idx, start)                                      # (B, T, C)
+        x, angles = self.embed(idx, len(caches[0]) if caches else 0)            # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, angles, None if caches is None else caches[i])
+            x = block(x, angles, caches[i] if caches else None)
         x = self.ln_f(x)
-        if caches is not None:
+        if caches:
             x = x[:, [-1]]                                                      # all we need
         if targets is None:
             return self.lm_head(x).float()                                      # (B, T, vocab)
@@ -225,8 +267,8 @@ class GPT(nn.Module):
         filled anew from the last half of the text."""
         caches, new = None, None
         for _ in range(n):
-            full = caches is not None and caches[0].k.codes.shape[2] == self.block_size
-            if caches is None or full:
+            full = caches and len(caches[0]) == self.block_size
+            if not caches or full:
                 caches = [KVCache(self.config.kv_cache) for _ in self.h]
                 new = idx[:, -max(1, self.block_size // 2) if full else -self.block_size:]
             logits = self(new, caches=caches)[:, -1] / max(temperature, 1e-5)   # (B, vocab)

@@ -1,10 +1,10 @@
 # direct 8-bit training (paper 2, 2412.04787): int8 codes are the only weights, moved by
 # stochastic rounding
-master = 'int8/row/stochastic'
+stored = 'int8/row/stochastic'
 activations = 'int8/row'
 adam_m = 'int8/row'
-adam_v = 'factored'
+adam_v = 'rank1'
 code_lr = 0.06
 ramp = 20.0
 beta2 = 0.999
-compute = 'int8'
+compute = 'codes'

@@ -1,5 +1,5 @@
 # paper 2 as published (2412.04787): ternary codes, AdamW in weight space, scale fixed at mean|w|
-master = 'ternary/tensor/absmean/stochastic'
+stored = 'ternary/tensor/absmean/stochastic'
 activations = 'int8/row'
 learning_rate = 5e-4
 embedding_lr = 0.0      # learning_rate

@@ -1,5 +1,5 @@
 # all at once: ternary master, 8-bit activations, gradients and Adam states, 4-bit keys and values
-master = 'ternary/row/absmean/stochastic'
+stored = 'ternary/row/absmean/stochastic'
 activations = 'int8/row'
 gradients = 'int8/row/stochastic'
 kv_cache = 'int4/row'
@@ -11,4 +11,4 @@ threshold = 2.0
 ramp = 40.0
 init_gain = 0.7
 backward = 'fold'
-compute = 'int8'
+compute = 'codes'

@@ -1,4 +1,5 @@
-# 4-bit weights by GPTQ (2210.17323), of a checkpoint that is trained, --init_from=PATH
+# 4-bit weights by GPTQ (2210.17323), of a model that is trained:
+# python train.py out/baseline/ckpt.pt config/gptq.py
 ptq = 'gptq'        # or rtn, which rounds to nearest
-master = 'int4/row/mse'
+stored = 'int4/row/mse'
 sequences = 128     # to calibrate on

@@ -1,11 +1,12 @@
-# quantization-aware fine-tuning (paper 3, 2410.14570) of a checkpoint, --init_from=PATH: two and
-# a half epochs of 128 sequences, 4-bit weights in the forward; config/gptq.py --ptq=rtn packs the
-# result. What is best for 4 bits; 2 bits want 3e-4 (experiments/results/ptq.md)
+# quantization-aware fine-tuning (paper 3, 2410.14570) of a model that is trained: two and a half
+# epochs of 128 sequences, 4-bit weights in the forward; 2 bits want a learning_rate of 3e-4
+# python train.py out/baseline/ckpt.pt config/qaft.py
+init_from = 'checkpoint'
 weights = 'int4/row/mse'
 sequences = 128
 max_iters = 40      # of 8 sequences
 learning_rate = 3e-5
-embedding_lr = 0.0      # learning_rate
+embedding_lr = 0.0  # learning_rate
 warmup_iters = 4
 weight_decay = 0.0
 beta2 = 0.999

@@ -1,10 +1,10 @@
 # ternary weights on an int8 master: the optimizer moves 8-bit codes, there is no float copy
 weights = 'ternary/row/absmean'
-master = 'int8/row/stochastic'
+stored = 'int8/row/stochastic'
 activations = 'int8/row'
 adam_m = 'int8/row'
-adam_v = 'factored'
+adam_v = 'rank1'
 code_lr = 0.1
 ramp = 20.0
 beta2 = 0.999
-compute = 'int8'
+compute = 'codes'

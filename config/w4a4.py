@@ -2,4 +2,4 @@
 # clipped where the error is least (as in QuEST, 2502.05003)
 weights = 'int4/row/hadamard/mse'
 activations = 'int4/row/hadamard/mse'
-compute = 'int8'
+compute = 'codes'

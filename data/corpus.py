@@ -1,5 +1,5 @@
 """
-From text to a dataset: a folder of train.bin, val.bin (flat uint16, little-endian) and meta.json.
+From text to a dataset: a folder of train.bin, val.bin (flat ids, see tokens_dtype) and meta.json.
 
 meta.json holds the tokenizer (see tokenizer.py) and
   name             of the corpus
@@ -16,6 +16,8 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import sys
 import tempfile
 import time
 from fnmatch import fnmatchcase
@@ -31,11 +33,11 @@ from data.tokenizer import encoding, make_tokenizer
 
 
 def read_text(path):
-    """The text of the file `path`; '' if it is not UTF-8."""
+    """The text of the file `path`; None if it is not UTF-8."""
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError:
-        return ''
+        return None
     except OSError as error:
         raise SystemExit(f'{path}: {error.strerror}') from None
 
@@ -43,33 +45,41 @@ def read_text(path):
 def read_files(root, pattern='*', skip=(), max_bytes=math.inf):
     """
     The text files under folder `root` whose name fits `pattern`, as a sorted list of (path
-    relative to root, text). Leaves out files that are empty, not UTF-8 or larger than `max_bytes`,
-    and files and folders with a name that fits a pattern in `skip`.
+    relative to root, text). Leaves out files that are empty or larger than `max_bytes`, files and
+    folders with a name that fits a pattern in `skip` and, with a word, files that are not UTF-8.
     """
     def wanted(name):
         return not any(fnmatchcase(name, s) for s in skip)
 
-    files = []
+    files, foreign = [], []
     for folder, folders, names in os.walk(root):
         folders[:] = filter(wanted, folders)  # in place: os.walk does not enter the others
         for path in (Path(folder, name) for name in names):
             if fnmatchcase(path.name, pattern) and wanted(path.name) and path.is_file():
-                if path.stat().st_size <= max_bytes and (text := read_text(path)):
-                    files.append((path.relative_to(root).as_posix(), text))
+                if path.stat().st_size <= max_bytes:
+                    name, text = path.relative_to(root).as_posix(), read_text(path)
+                    if text is None:
+                        foreign.append(name)
+                    elif text:
+                        files.append((name, text))
+    if foreign:
+        print(f'{root}: files left out, as they are not UTF-8: {len(foreign):,}, such as '
+              f'{min(foreign)}')
     return sorted(files)
 
 
 def load_hub(path, **options):
-    """A dataset of the Hugging Face hub, or SystemExit with the way out."""
+    """A dataset of the Hugging Face hub, or SystemExit with what went wrong and a way out."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise SystemExit('this corpus needs the datasets library: pip install datasets') from None
     try:
         return load_dataset(path, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"cannot load {path} ({' '.join(str(error).split())}): needs a network; "
-                         '--dataset=python needs no download') from None
+    except Exception as error:  # of the hub, the network, the disk: its own words say most
+        why = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise SystemExit(f'cannot load {path}: {why[:500]}; --dataset=python needs no '
+                         'download') from None
 
 
 def split_files(files):
@@ -92,17 +102,23 @@ def split_files(files):
 # documents -> dataset
 
 
+def tokens_dtype(vocab_size):
+    """Of the ids in a .bin, little-endian: uint16 where all of them fit, else uint32."""
+    return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+
+
 def prepare(out_dir, name, documents, vocab, limit=math.inf):
     """
     Write a dataset into `out_dir`, print a summary and return its meta. SystemExit if it cannot.
 
-    `documents` is a list of ('train' or 'val', text); with vocab='gpt2', which has nothing to
-    learn from them, it may be any iterable and is never held in memory. `vocab` as in
-    make_tokenizer. Stops after the document that reaches `limit` tokens.
+    `documents` is a list of ('train' or 'val', text); with a `vocab`, see make_tokenizer, that has
+    nothing to learn from them, it may be any iterable and is never held in memory. Stops after the
+    document that reaches `limit` tokens.
     """
     start = time.perf_counter()
-    learn = () if vocab == 'gpt2' else (text for split, text in documents if split == 'train')
-    tokenizer = make_tokenizer(vocab, ''.join(learn))
+    learns = str(vocab).isdecimal()
+    train = (text for split, text in documents if split == 'train') if learns else ()
+    tokenizer = make_tokenizer(vocab, ''.join(train))
     try:
         meta = write(Path(out_dir), name, tokenizer, documents, limit)
     except OSError as error:  # a full disk, a folder we may not write to, a connection that broke
@@ -110,8 +126,17 @@ def prepare(out_dir, name, documents, vocab, limit=math.inf):
     print(f"{name}: {meta['train_bytes'] / 1e6:.2f} MB to train, {meta['val_bytes'] / 1e6:.2f} to "
           f"val; {meta['train_tokens']:,} and {meta['val_tokens']:,} tokens of "
           f"{meta['bytes_per_token']:.3f} bytes, vocabulary {meta['vocab_size']:,}\n"
-          f"wrote {out_dir} in {time.perf_counter() - start:.1f} s, sha256 {meta['sha256'][:16]}")
+          f"wrote {out_dir} in {time.perf_counter() - start:.1f} s, sha256 {meta['sha256'][:16]}\n"
+          'to train on it: python train.py config/ternary.py '
+          f'--dataset={shlex.quote(dataset_name(out_dir))}')
     return meta
+
+
+def dataset_name(out_dir):
+    """What train.py calls a dataset: by name where its folder lies in data/, else by path."""
+    path = os.path.abspath(out_dir)
+    named = os.path.samefile(os.path.dirname(path), os.path.dirname(os.path.abspath(__file__)))
+    return os.path.basename(path) if named else path
 
 
 def write(out_dir, name, tokenizer, documents, limit):
@@ -119,14 +144,15 @@ def write(out_dir, name, tokenizer, documents, limit):
     out_dir.mkdir(parents=True, exist_ok=True)
     tokens, size = {'train': 0, 'val': 0}, {'train': 0, 'val': 0}
     digest = {'train': hashlib.sha256(), 'val': hashlib.sha256()}
+    dtype = tokens_dtype(tokenizer['vocab_size'])
     # in out_dir, so that to replace is to rename, which is atomic; goes away on any error
     with tempfile.TemporaryDirectory(prefix='.tmp-', dir=out_dir) as tmp:
         with open(f'{tmp}/train.bin', 'wb') as train, open(f'{tmp}/val.bin', 'wb') as val:
             for split, text, ids in encode(tokenizer, documents):
-                ids = np.array(ids, dtype='<u2').tobytes()
+                tokens[split] += len(ids)
+                ids = np.array(ids, dtype).tobytes()
                 (train if split == 'train' else val).write(ids)
                 digest[split].update(ids)
-                tokens[split] += len(ids) // 2
                 size[split] += len(text.encode())
                 if sum(tokens.values()) >= limit:
                     break
@@ -149,7 +175,7 @@ def write(out_dir, name, tokenizer, documents, limit):
 
 def encode(tokenizer, documents, batch=1024):
     """Yield (split, text, ids) of every document, each ended by EOT where there is one."""
-    enc, end = encoding(tokenizer), list(tokenizer['special'].values())
+    enc, end = encoding(tokenizer), list(tokenizer['special'].values())[:1]
     documents = iter(documents)
     while chunk := list(islice(documents, batch)):
         ids = enc.encode_ordinary_batch([text for _, text in chunk], num_threads=os.cpu_count())
@@ -163,6 +189,7 @@ def encode(tokenizer, documents, batch=1024):
 
 def arguments(doc, script, vocab=None):
     """An argument parser explained by `doc`, with --out and, given its default, --vocab."""
+    sys.stdout.reconfigure(errors='replace')  # a console need not know every character of a path
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # one line instead of the usage and a line
@@ -171,6 +198,6 @@ def arguments(doc, script, vocab=None):
                         help='folder of the dataset (default: the one of this script)')
     if vocab:
         parser.add_argument('--vocab', default=vocab,
-                            help='256: bytes; more: a BPE of that many tokens; or gpt2 '
-                                 f'(default: {vocab})')
+                            help='256: bytes; more: a BPE of that many tokens; gpt2; or the path '
+                                 f'of a checkpoint, whose tokens to use (default: {vocab})')
     return parser

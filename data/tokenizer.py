@@ -7,7 +7,7 @@ of tokens in the order of their birth, the "ranks", is the whole tokenizer: to e
 the pair of lowest rank until none is left. We train the ranks, tiktoken applies them.
 
 A tokenizer is a dict, and is stored so in meta.json:
-  tokenizer   'bytes', 'bpe' or 'gpt2'
+  tokenizer   'bytes', 'bpe' or 'gpt2': GPT-2's, or one of its make from convert/hf.py
   vocab_size  number of ids: the ranks, then the special tokens
   pattern     regular expression that cuts text into words; no token crosses a cut
   ranks       tokens in order, as strings of one character per byte (latin-1: lossless, readable)
@@ -96,12 +96,16 @@ def merge(word, token):
 def make_tokenizer(vocab, text=''):
     """
     The tokenizer dict for `vocab`: 256 is plain bytes, a larger number is a BPE trained on `text`
-    of that many ids, the last of them EOT, and 'gpt2' is GPT-2's. SystemExit says what is wrong.
+    of that many ids, the last of them EOT, 'gpt2' is GPT-2's, and the path of a checkpoint is the
+    one that it was trained with. SystemExit says what is wrong.
     """
     if vocab == 'gpt2':
         return gpt2_tokenizer()
-    if not str(vocab).isdecimal() or not 256 <= int(vocab) <= 2**16:  # train.bin holds uint16
-        raise SystemExit(f'--vocab={vocab}: give 256 (bytes), 257 to 65536 (BPE), or gpt2')
+    if str(vocab).endswith('.pt'):
+        return checkpoint_tokenizer(vocab)
+    if not str(vocab).isdecimal() or not 256 <= int(vocab) <= 2**20:
+        raise SystemExit(f'--vocab={vocab}: give 256 (bytes), 257 to {2**20} (BPE), gpt2, or the '
+                         'path of a checkpoint')
     if int(vocab) == 256:
         return tokenizer_dict('bytes', r'[\s\S]', [bytes([byte]) for byte in range(256)])
     return tokenizer_dict('bpe', PATTERN, train_bpe(text, int(vocab) - 1), EOT)
@@ -112,6 +116,15 @@ def tokenizer_dict(kind, pattern, ranks, *special):
     return {'tokenizer': kind, 'vocab_size': len(ranks) + len(special), 'pattern': pattern,
             'special': {name: len(ranks) + i for i, name in enumerate(special)},
             'ranks': [token.decode('latin-1') for token in ranks]}
+
+
+def checkpoint_tokenizer(path):
+    """The tokenizer dict of a checkpoint of train.py: it can be fine-tuned on data made so."""
+    import torch
+    try:
+        return torch.load(path, map_location='cpu', mmap=True, weights_only=True)['tokenizer']
+    except Exception as error:  # a damaged or foreign file raises anything at all
+        raise SystemExit(f'--vocab={path}: not a checkpoint of train.py ({error!r})') from None
 
 
 def gpt2_tokenizer(timeout=60):

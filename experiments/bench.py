@@ -38,15 +38,14 @@ from torch.nn.utils import get_total_norm
 import quant
 from experiments.runs import RESULTS, ROOT, machine
 from model import GPT
-from quant import TUNED, AdamW, Linear, QTensor, held, quantize, rtn_, spec
-from train import make_optimizer, parse, pick_compile, pick_dtype
+from quant import How, Linear, Optimizer, QTensor, bytes_held, quantize, rtn_, spec
+from train import parse, pick_compile, pick_dtype
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
 ROUNDS, SECONDS = 20, 20    # at least so many samples of each side, over so long (quick: 0 s)
-INT8 = ['config/w8a8.py', '--compute=int8']
 FP8 = ['config/w8a8g8.py', '--weights=fp8/row', '--activations=fp8/row',
-       '--gradients=fp8e5/row/stochastic', '--compute=fp8']
+       '--gradients=fp8e5/row/stochastic']
 SIZES = {'124M': ['config/gpt2.py', '--batch_size=16'],
          '350M': ['config/gpt2_medium.py', '--batch_size=8'],
          '1.5B': ['config/gpt2_xl.py', '--batch_size=4']}
@@ -175,22 +174,22 @@ def our_step(args, vocab=4096):
     torch.manual_seed(0)
     with torch.device(DEVICE):                          # drawing 1.5B numbers on a CPU takes long
         model = GPT(c, vocab)
-    rtn_(model, c.master)
+    rtn_(model, c.stored)
     model.dtype = pick_dtype(c, DEVICE)
     compiled = pick_compile(c, DEVICE)
     if compiled:
         model.compile()
-    optimizer, (x, y), t = make_optimizer(c, model, DEVICE, compiled), batch(c, vocab), 0
+    optimizer, (x, y), t = Optimizer(model, c, compiled), batch(c, vocab), 0
 
     def clip(norm):
         return (c.grad_clip / (norm + 1e-6)).clamp(max=1)
 
-    def use(p):
-        optimizer.apply(p, clip(torch.linalg.vector_norm(p.grad)))
+    def use(name, p):
+        optimizer.apply(name, clip(torch.linalg.vector_norm(p.grad)))
         p.grad = None
 
-    for p in model.parameters() if c.update_in_backward else ():
-        p.register_post_accumulate_grad_hook(use)
+    for name, p in model.named_parameters() if c.update_in_backward else ():
+        p.register_post_accumulate_grad_hook(functools.partial(use, name))
 
     def step():
         nonlocal t
@@ -199,11 +198,10 @@ def our_step(args, vocab=4096):
         if c.update_in_backward:
             optimizer.begin(1 / t)
             model(x, y).backward()
-            optimizer.finish()
         else:
-            optimizer.zero_grad()
+            model.zero_grad()
             model(x, y).backward()
-            optimizer.step(1 / t, clip(get_total_norm(optimizer.gradients())))
+            optimizer.step(1 / t, clip(get_total_norm([p.grad for p in model.parameters()])))
 
     step.model, step.optimizer = model, optimizer
     return step
@@ -291,18 +289,18 @@ def stochastic_rounding():
 
 
 def linear_forward():
-    """Forward of a linear 768 -> 3072 on 4096 tokens, W8A8: codes multiplied (int8), or what they
+    """Forward of a linear 768 -> 3072 on 4096 tokens, W8A8: codes multiplied (codes), or what they
     stand for in float32 (float); both compiled."""
     x = torch.randn(4096, 768, device=DEVICE)
 
     def build(compute):
-        layer = Linear(768, 3072, weights='int8/row', activations='int8/row', compute=compute)
+        layer = Linear(768, 3072, how=How('int8/row', 'int8/row', compute=compute))
         forward = torch.compile(layer.to(DEVICE))
         return torch.no_grad()(lambda: forward(x))
 
     fastest = max(rates()['bf16'], rates()['int8'])
-    return ({compute: functools.partial(build, compute) for compute in ('int8', 'float')},
-            {'int8': 2 * 4096 * 768 * 3072 / fastest})
+    return ({compute: functools.partial(build, compute) for compute in ('codes', 'float')},
+            {'codes': 2 * 4096 * 768 * 3072 / fastest})
 
 
 def small_training():
@@ -312,7 +310,7 @@ def small_training():
     gpt = ['--flavour=gpt2', '--n_head=6', '--n_embd=384',
            *(['--n_layer=2', '--batch_size=4'] if options.quick else ['--batch_size=8'])]
     fp32, fast = [*gpt, '--dtype=float32'], max(('bf16', 'int8'), key=rates().get)
-    return ({'w8a8': lambda: our_step([*INT8, *gpt]), 'fp32': lambda: our_step(fp32),
+    return ({'w8a8': lambda: our_step(['config/w8a8.py', *gpt]), 'fp32': lambda: our_step(fp32),
              'bf16': lambda: our_step([*gpt, '--dtype=bfloat16']),
              'nanoGPT': lambda: nanogpt_step(fp32, compiled=False),
              'nanoGPT compiled': lambda: nanogpt_step(fp32)},
@@ -328,17 +326,16 @@ def optimizer_step(width, n_layer):
 
     def give_gradients(parameters):
         for p in parameters:
-            g = torch.randn(p.shape, device=DEVICE) * 1e-3
-            p.grad = g if p.grad is None else p.grad.copy_(g)           # there if it is flat
+            p.grad = torch.randn(p.shape, device=DEVICE) * 1e-3
 
-    def ours(name, master='', **settings):
+    def ours(name, *args):
+        config = parse(args)
         with torch.device(DEVICE):
             model = nn.ModuleList(Linear(n_in, n_out) for n_out, n_in in shapes)
-        for layer in model:
-            layer.store_(master)
-        optimizer = AdamW(model, weight_decay=0.1, flat=CUDA, compiled=True, **settings)
+        rtn_(model, config.stored)
+        optimizer = Optimizer(model, config, compiled=True)
         give_gradients(model.parameters())
-        size = held(model, optimizer)                   # all is written, too, but the gradients
+        size = bytes_held(model, optimizer)             # all is written, too, but the gradients
         moved = 2 * (size['weights'] + size['optimizer']) + size['gradients']
         limits[name] = moved / rates()['in place']
         return optimizer.step
@@ -357,12 +354,8 @@ def optimizer_step(width, n_layer):
         make = peer('bitsandbytes').optim.AdamW8bit
         return theirs(functools.partial(make, min_8bit_size=256), 'state1', 'state2')
 
-    t = parse(['config/ternary.py'])
-    ternary = {key: getattr(t, key) for key in ('master', 'adam_m', 'adam_v', 'code_lr',
-                                                'scale_lr', 'threshold', 'ramp')}
-    adam8 = {'adam_m': 'int8/128/sqrt', 'adam_v': 'uint8/128/root4'}
-    return ({'8-bit': lambda: ours('8-bit', **adam8),
-             'ternary': lambda: ours('ternary', **ternary),
+    return ({'8-bit': lambda: ours('8-bit', '--adam_m=int8/128/sqrt', '--adam_v=uint8/128/root4'),
+             'ternary': lambda: ours('ternary', 'config/ternary.py'),
              'fused': lambda: theirs(functools.partial(torch.optim.AdamW, fused=True)),
              'torchao': lambda: theirs(peer('torchao.optim').AdamW8bit, 'exp_avg', 'exp_avg_sq'),
              'bitsandbytes': bitsandbytes}, limits)
@@ -373,7 +366,8 @@ def compilations():
     them, all compiled: w8a8 + adam8, ternary; on a CPU without --quick baseline, everything."""
     @functools.cache
     def count():
-        tried, late, broken = [['config/adam8.py', *INT8], ['config/ternary.py']], [], []
+        tried = [['config/adam8.py', 'config/w8a8.py'], ['config/ternary.py']]
+        late, broken = [], []
         for args in tried if options.quick or CUDA else [*tried, [], ['config/everything.py']]:
             free()
             counters.clear()
@@ -406,8 +400,9 @@ def int8_matmul():
     sx, sw = torch.rand(n, 1, device=DEVICE), torch.rand(m, 1, device=DEVICE)
     xb, wb = x.bfloat16(), w.bfloat16()
     scale = torch.compile(lambda y: (y * sx * sw.T).bfloat16())
-    a, b = (QTensor(q, s, spec=spec('int8/row'), cols=d) for q, s in ((x, sx), (w, sw)))
-    fused = torch.compile(lambda: quant.matmul(a, b, 'int8', torch.bfloat16), options=TUNED)
+    a, b = (QTensor(q, s, spec=spec('int8/row')) for q, s in ((x, sx), (w, sw)))
+    fused = torch.compile(lambda: quant.matmul(a, b, True, torch.bfloat16),
+                          options={'max_autotune_gemm': True})      # as GPT.compile does
     return ({'epilogue': lambda: fused, 'bf16': lambda: lambda: xb @ wb.T,
              'then scale': lambda: lambda: scale(torch._int_mm(x, w.T))},
             {'epilogue': 2 * n * d * m / rates()['int8']})
@@ -440,16 +435,16 @@ def peak_memory():
             step()
         return torch.cuda.max_memory_allocated()
 
-    in_backward = ['config/ternary.py', '--compute=int8', '--update_in_backward=True']
+    in_backward = ['config/ternary.py', '--update_in_backward=True']
     return {'ternary': lambda: peak(*in_backward), 'bf16': peak,
-            '8 bits': lambda: peak('config/adam8.py', *INT8)}, {}
+            '8 bits': lambda: peak('config/adam8.py', 'config/w8a8.py')}, {}
 
 
 TABLE = [  # comparison, device, rows: (name, our side, other side, bar, stretch)
     (stochastic_rounding, 'cpu', [
         ('CPU: stochastic rounding by hash, to rand_like', 'hash', 'rand_like', 4, 8)]),
     (linear_forward, 'cpu', [
-        ('CPU: quantized linear forward 4096x768x3072, to fake-quant', 'int8', 'float', 2, 4)]),
+        ('CPU: quantized linear forward 4096x768x3072, to fake-quant', 'codes', 'float', 2, 4)]),
     (small_training, 'cpu', [
         ('CPU: W8A8 training step, to fp32', 'w8a8', 'fp32', 1.3, 1.8),
         ('CPU: W8A8 training step, to bf16', 'w8a8', 'bf16', None, None),

@@ -16,7 +16,7 @@ import torch
 
 from experiments.bench import CUDA, free, header, our_step, take_turns, write
 from experiments.runs import RESULTS, ROOT
-from quant import held
+from quant import bytes_held
 
 STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': [],
               'w8a8 + adam8': ['config/w8a8.py', 'config/adam8.py'],
@@ -37,7 +37,7 @@ def measure():
             for _ in range(3):
                 step()
         for name, samples in take_turns(steps).items():
-            size = held(steps[name].model, steps[name].optimizer)['linear']
+            size = bytes_held(steps[name].model, steps[name].optimizer)['linear']
             points.append({'axis': axis, 'value': value, 'strategy': name, 'samples': len(samples),
                            'seconds_a_token': statistics.median(samples) / tokens,
                            'bytes_a_weight': size['weights'] + size['optimizer']})

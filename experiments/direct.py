@@ -6,10 +6,10 @@ What each strategy costs in quality, part 2: direct quantized training (paper 2,
     python -m experiments.direct --size=large --sections hard        and at 41M for 5,000 steps
     python -m experiments.direct --sections                          only print and draw
 
-Low-bit masters against BitNet b1.58 and full precision, each with rates of its own, found by tries
-on seed 1 (section `tune`); the controls; the ingredients of the direct update, and ideas that are
-not in it. Writes experiments/results/direct-<size>.jsonl (one line a run; finished ones are
-skipped), .md and .png.
+Weights that are stored in few bits against BitNet b1.58 and full precision, each with rates of its
+own, found by tries on seed 1 (section `tune`); the controls; the ingredients of the direct update,
+and ideas that are not in it. Writes experiments/results/direct-<size>.jsonl (one line a run;
+finished ones are skipped), .md and .png.
 """
 import argparse
 import os
@@ -21,7 +21,7 @@ from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines,
 BASE, BITNET, TERNARY = 'full precision', 'BitNet b1.58', 'direct ternary'
 CONFIGS = {BASE: 'config/baseline.py', BITNET: 'config/bitnet.py', TERNARY: 'config/ternary.py'}
 # what direct training takes for granted, offered to the others, and the usual way
-RECIPE, PLAIN = 'beta2=.999 ramp=20 init_gain=.7 adam_v=factored ', 'beta2=.95 '
+RECIPE, PLAIN = 'beta2=.999 ramp=20 init_gain=.7 adam_v=rank1 ', 'beta2=.95 '
 
 # size: the tries of each side, one seed each; all rows take the first, the best when it was chosen
 TRIES = {
@@ -47,7 +47,7 @@ TRIES = {
                   'embedding_lr=48e-3', 'embedding_lr=48e-3 code_lr=.4',
                   'embedding_lr=48e-3 scale_lr=0', 'embedding_lr=96e-3 scale_lr=0',
                   'embedding_lr=192e-3 scale_lr=0', 'embedding_lr=96e-3 scale_lr=0 ramp=0',
-                  'embedding_lr=48e-3 scale_lr=0 master=ternary/tensor/absmean/stochastic',
+                  'embedding_lr=48e-3 scale_lr=0 stored=ternary/tensor/absmean/stochastic',
                   'embedding_lr=24e-3 code_lr=.1 threshold=1 ramp=20',
                   'embedding_lr=24e-3 code_lr=.2 threshold=1.5 ramp=20',
                   'embedding_lr=24e-3 code_lr=.4', 'embedding_lr=24e-3 code_lr=1.6',
@@ -83,7 +83,7 @@ TRIES = {
         BASE: ['learning_rate=6e-4'], BITNET: [RECIPE + 'learning_rate=6e-4 embedding_lr=6e-4'],
         TERNARY: ['embedding_lr=2e-3']}}
 CHANGES = 'controls', 'states', 'ingredients', 'ideas'      # sections about direct ternary
-EMBEDDINGS = {  # the rates of masters on their own grid, and under a ternary forward
+EMBEDDINGS = {  # the rates of stored codes on their own grid, and under a ternary forward
     'small': ('12e-3', '48e-3'), 'default': ('6e-3', '6e-3'), 'large': ('4e-3', '4e-3'),
     'gpt2': ('6e-4', '6e-4')}
 
@@ -95,32 +95,34 @@ def rows(size='small'):
             for name, tries in TRIES[size].items() for more in tries}
     in_weight_space = 'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0'
 
-    # the threshold is for evidence on few levels; bf16 has no codes to count in
-    plainly = 'init_gain=0 threshold=0 ramp=20 embedding_lr='
-    masters = {'int2': 'master=int2/row/absmean/stochastic code_lr=.1',
-               'int3': 'master=int3/row/stochastic code_lr=.06',
-               'int4': 'master=int4/row/stochastic code_lr=.06',
-               'int8': 'master=int8/row/stochastic code_lr=.06',
-               'int8 absmean': 'master=int8/row/absmean/stochastic code_lr=.06',
-               'bf16': 'master=bf16/stochastic compute=float code_lr=0 weight_decay=0 '
-                       'learning_rate=1.5e-3'}
-    own, ternary = ({grid: f'{plainly}{rate} {keys}' for grid, keys in masters.items()}
-                    for rate in EMBEDDINGS[size])
+    # a ternary forward wants longer steps; absmean has a wide range, 11 times mean |w|; bf16 has
+    # no codes to count in
+    grids = {  # stored as: (Spec, code_lr on its own grid, and under a ternary forward)
+        'int2': ('int2/row/absmean/stochastic', .1, .1),
+        'int3': ('int3/row/stochastic', .06, .1), 'int4': ('int4/row/stochastic', .06, .1),
+        'int8': ('int8/row/stochastic', .06, .1),
+        'int8 absmean': ('int8/row/absmean/stochastic', .015, .025),
+        'bf16': ('bf16/stochastic compute=float weight_decay=0 learning_rate=1.5e-3', 0, 0)}
+    own, ternary = {}, {}
+    for grid, (how, *rates) in grids.items():
+        for found, rate, embedding in zip((own, ternary), rates, EMBEDDINGS[size]):
+            # the threshold is for evidence on few levels
+            found[grid] = f'init_gain=0 threshold=0 ramp=20 embedding_lr={embedding} ' \
+                f'stored={how} code_lr={rate}'
     changes = {     # against direct ternary
         'controls': {
-            'round to nearest': 'master=ternary/row/absmean',
-            'frozen random ternary': 'master=ternary/row/absmean code_lr=1e-6 scale_lr=0'},
-        'masters': {f'{grid} master': keys for grid, keys in own.items()},
-        'ternary forward': {        # which wants longer steps
-            f'{grid} master, ternary forward':
-            f'{keys} weights=ternary/row/absmean'.replace('code_lr=.06', 'code_lr=.1')
+            'round to nearest': 'stored=ternary/row/absmean',
+            'frozen random ternary': 'stored=ternary/row/absmean code_lr=1e-6 scale_lr=0'},
+        'stored': {f'stored in {grid}': keys for grid, keys in own.items()},
+        'ternary forward': {
+            f'stored in {grid}, ternary forward': f'{keys} weights=ternary/row/absmean'
             for grid, keys in ternary.items()},
         'states': {
             'm and v float32': 'adam_m= adam_v=',
             'm and v bf16': 'adam_m=bf16 adam_v=bf16',
             'm and v 8-bit': 'adam_m=int8/row adam_v=uint8/64/root4',
             'm and v 4-bit': 'adam_m=int4/64/sqrt adam_v=uint4/64/root4',
-            'm 4-bit, v factored': 'adam_m=int4/64/sqrt'},
+            'm 4-bit, v rank1': 'adam_m=int4/64/sqrt'},
         'around': {
             'all else in float32': 'dtype=float32 activations= compute=float',
             'all else in bfloat16': 'dtype=bfloat16 activations= compute=float',
@@ -132,7 +134,7 @@ def rows(size='small'):
             'fixed scales': 'scale_lr=0', 'no cool-down': 'min_lr=1',
             'steps in weight space': in_weight_space,
             'scale gain .35': 'init_gain=.35', 'scale gain 1.4': 'init_gain=1.4',
-            'one scale per tensor': 'master=ternary/tensor/absmean/stochastic'},
+            'one scale per tensor': 'stored=ternary/tensor/absmean/stochastic'},
         'ideas': {**{name: f'idea={name}' for name in (
             'estimated', 'feedback', 'squared', 'sticky', 'attention', 'growth')},
             **{name: f'idea={name} code_lr=.02' for name in ('sign', 'muon')}}}
@@ -147,11 +149,11 @@ def rows(size='small'):
 CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('2', 'ternary converges', TERNARY, '<=', -5, 'frozen random ternary'),
     ('2', 'stochastic rounding is what makes it', TERNARY, '<=', -5, 'round to nearest'),
-    ('2', '8-bit is on par with BitNet', 'int8 master', '<=', 1, BITNET),
-    ('2', 'an 8-bit model can infer with ternary weights', 'int8 master, as ternary', '<=', 5,
-     'int8 master'),
-    ('2', 'one whose scales are absmean can', 'int8 absmean master, as ternary', '<=', 5,
-     'int8 absmean master'),
+    ('2', '8-bit is on par with BitNet', 'stored in int8', '<=', 1, BITNET),
+    ('2', 'an 8-bit model can infer with ternary weights', 'stored in int8, as ternary', '<=', 5,
+     'stored in int8'),
+    ('2', 'one whose scales are absmean can', 'stored in int8 absmean, as ternary', '<=', 5,
+     'stored in int8 absmean'),
     ('2', 'bfloat16 around it costs nothing', 'all else in bfloat16', '<=', 1,
      'all else in float32'),
     ('2', 'nor does fp8', 'activations in fp8', '<=', 1, 'all else in float32'),
@@ -162,9 +164,9 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('ours', 'the ramp helps', TERNARY, '<=', 0, 'no momentum ramp'),
     ('ours', 'using evidence up helps', TERNARY, '<=', 0, 'evidence is kept'),
     ('ours', 'learned scales help', TERNARY, '<=', 0, 'fixed scales'),
-    ('ours', '4-bit m is free', 'm 4-bit, v factored', '<=', 1, TERNARY),
-    ('ours', 'an int8 master under a ternary forward is no worse than BitNet',
-     'int8 master, ternary forward', '<=', 0, BITNET)]
+    ('ours', '4-bit m is free', 'm 4-bit, v rank1', '<=', 1, TERNARY),
+    ('ours', 'int8 codes under a ternary forward are no worse than BitNet',
+     'stored in int8, ternary forward', '<=', 0, BITNET)]
 
 
 def draw(results, path):
@@ -174,7 +176,7 @@ def draw(results, path):
     from matplotlib import pyplot
     fig, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout='constrained')
     kinds = {   # section: (in the legend, where a name is written beside its point)
-        'hard': ('', (-6, 4), 'right'), 'masters': ('direct, on its own grid', (5, -10), 'left'),
+        'hard': ('', (-6, 4), 'right'), 'stored': ('direct, on its own grid', (5, -10), 'left'),
         'ternary forward': ('direct, with a ternary forward', (5, 3), 'left'),
         'states': ('direct ternary, other states', (0, 16), 'center')}
     for color, (section, (label, at, side)) in zip(('k', 'C0', 'C1', 'C2'), kinds.items()):
@@ -182,11 +184,11 @@ def draw(results, path):
             values = list(losses(results, name).values())
             if not values:
                 continue
-            held = next(r for r in results if r['name'] == name)['bytes']['linear']
-            point = held['weights'] + held['optimizer'], statistics.mean(values)
+            size = next(r for r in results if r['name'] == name)['bytes']['linear']
+            point = size['weights'] + size['optimizer'], statistics.mean(values)
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
             left.errorbar(*point, error, fmt='o', capsize=2, color=color, label=label)
-            left.annotate(name.replace(', ternary forward', '').replace(' master', ''), point,
+            left.annotate(name.replace(', ternary forward', '').replace('stored in ', ''), point,
                           xytext=at, ha=side, textcoords='offset points', fontsize=7, color=color)
             label = ''
     ticks = [0.5, 1, 1.5, 2, 3, 4, 6, 8, 12]
@@ -198,7 +200,7 @@ def draw(results, path):
     left.minorticks_off()
     left.grid(alpha=0.3)
     for name in (TERNARY, 'no threshold', 'no momentum ramp', 'no cool-down', 'as published',
-                 'int4 master', 'int8 master'):
+                 'stored in int4', 'stored in int8'):
         runs = [r for r in results if r['name'] == name and r['curve']]
         if runs:
             steps, flips, _ = zip(*runs[0]['curve'])

@@ -4,7 +4,7 @@ run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
 
     sign       r = sign(m), as in Lion (Chen et al., arXiv 2302.06675)
     muon       r = U V^T of m, of rms 1: Muon (Jordan et al., 2024)
-    estimated  the noise floor is median |r| / .6745 of a block of rows, not computed from beta1
+    estimated  the noise floor is median |r| / .6745, not computed from beta1
     kept       m stays where a code changed, instead of becoming zero
     feedback   what rounding left over goes into m: m is then also a low-bit residual, so that the
                weight is in effect a latent of more bits
@@ -19,16 +19,54 @@ import torch
 
 import quant
 import train
-
-usual, update = quant.direction, quant.update
-
-
-def sign(m, v, h):
-    return m.sign()
+from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, moments, pack, put, quantize,
+                   round_to, stream)
 
 
-def muon(m, v, h):
-    """Five steps of Newton-Schulz; needs whole matrices."""
+def direct_step(idea, w, g, m, v, log_s, h, h_s, key):
+    """quant.direct_step, and in it the ideas that change what a step does to codes and m."""
+    h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
+    g, q, m_old = h.clip * g.float(), levels(w), dequantize(m)          # (out, in) all
+    if idea == 'estimated':
+        h = h._replace(tau=torch.zeros_like(h.tau))
+    m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
+    if idea == 'sign':
+        r = m_new.sign()
+    elif idea == 'muon':
+        r = orthogonal(m_new)
+    elif idea == 'estimated':
+        # of normal noise half lies within .6745 deviations
+        r = (r.abs() - r.abs().median() / 0.6745).clamp(min=0).copysign(r)
+    elif idea == 'squared':
+        r = r * r.abs()
+
+    wanted = q - h.lr * s.top * r
+    new = round_to(wanted, s, key)
+    if idea == 'sticky':
+        weak = (m_old * q > 0) & (m_old.abs() < 3 * m_old.abs().mean())
+        new = torch.where(weak & (new == 0), q, new)
+    moved = new != q
+    if idea != 'kept':
+        m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
+    if idea == 'feedback':
+        # m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr
+        unit = h.bias1 / h.bias2.sqrt() * dequantize(v_new).sqrt() * (1 - h.beta1)
+        left = wanted.clamp(GRIDS[s.grid].low, GRIDS[s.grid].high) - new
+        m_new = m_new - left * unit / (h.lr * s.top)
+
+    slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
+    m_s, v_s = log_s
+    m_s.lerp_(slope, 1 - h_s.beta1)
+    v_s.lerp_(slope ** 2, 1 - h_s.beta2)
+    w.scale.mul_((-h_s.lr * m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-30)).exp())
+    w.codes.copy_(pack(encode(new, s), s))
+    put(m, quantize(m_new, m.spec, stream(key, 1)))
+    put(v, v_new)
+    return moved.sum()
+
+
+def orthogonal(m):
+    """U V^T of m = U S V^T, of rms 1, by five steps of Newton-Schulz."""
     x = m if m.shape[0] <= m.shape[1] else m.T
     x = x / (x.norm() + 1e-30)
     for _ in range(5):
@@ -38,67 +76,19 @@ def muon(m, v, h):
     return x if m.shape[0] <= m.shape[1] else x.T
 
 
-def estimated(m, v, h):
-    r = usual(m, v, h._replace(tau=torch.zeros_like(h.tau)))
-    return (r.abs() - r.abs().median() / 0.6745).clamp(min=0).copysign(r)
+def inside(idea):
+    """direct_step with an idea, of the arguments of quant.direct_step."""
+    return lambda *args: direct_step(idea, *args)
 
 
-def squared(m, v, h):
-    r = usual(m, v, h)
-    return r * r.abs()
-
-
-def evidence(m, g, h):
-    """m after this step, before a code that moves uses it up."""
-    return h.beta1 * quant.dequantize(m) + (1 - h.beta1) * h.clip * g
-
-
-def kept(w, g, m, v, h, key, start, code_units):
-    if not code_units:
-        return update(w, g, m, v, h, key, start, code_units)
-    whole = evidence(m, g, h)
-    out = update(w, g, m, v, h, key, start, code_units)
-    quant._put(m, quant.quantize(whole, m.spec, key + 1, start=start))
-    return out
-
-
-def feedback(w, g, m, v, h, key, start, code_units):
-    """Wanted was q - lr r, within the grid; what rounding made of it differs by e. That comes back
-    through m: m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr."""
-    if not code_units:
-        return update(w, g, m, v, h, key, start, code_units)
-    before, whole = quant.dequantize(w) / w.scale, evidence(m, g, h)    # q and m
-    out = update(w, g, m, v, h, key, start, code_units)
-    after, now = quant.dequantize(w) / w.scale, quant.dequantize(m)
-    v = v[0] * v[1] / v[2] if not isinstance(v, quant.QTensor) else quant.dequantize(v)
-    wanted = (before - h.lr * usual(whole, v, h)).clamp(-w.spec.top, w.spec.top)
-    unit = h.bias1 / h.bias2.sqrt() * v.sqrt() * (1 - h.beta1) / h.lr
-    quant._put(m, quant.quantize(now - (wanted - after) * unit, m.spec, key + 7, start=start))
-    return out
-
-
-def sticky(w, g, m, v, h, key, start, code_units):
-    """A code does not go back to zero where |m| is below three times its mean, and m stays."""
-    if not code_units:
-        return update(w, g, m, v, h, key, start, code_units)
-    q, old, whole = quant.dequantize(w), quant.dequantize(m), evidence(m, g, h)
-    back = (old * q > 0) & (old.abs() < 3 * old.abs().mean())
-    out = update(w, g, m, v, h, key, start, code_units)
-    now = quant.dequantize(w)
-    stay = back & (now == 0) & (q != 0)
-    quant._put(w._replace(scale=None), quant.quantize(torch.where(stay, q, now), w.spec,
-                                                      scale=w.scale))
-    whole = torch.where(stay, whole, quant.dequantize(m))
-    quant._put(m, quant.quantize(whole, m.spec, key + 1, start=start))
-    return out
-
-
-def attention(optimizer, group, a, b, g, clip):
-    """Attention at half the rate of the MLPs; needs one call a parameter."""
-    h, name = group.h, group.names[group.spans.index((a, b))]
-    group.h = h._replace(lr=h.lr * (0.5 if '.attn.' in name else 1.0))
-    step(optimizer, group, a, b, g, clip)
-    group.h = h
+def attention(optimizer, name, *clip):
+    """Attention at half the rate of the MLPs."""
+    rates = optimizer.rates
+    if '.attn.' in name:
+        half = Rates(*rates['direct'].unbind())
+        optimizer.rates = {**rates, 'direct': torch.stack(half._replace(lr=half.lr / 2))}
+    apply(optimizer, name, *clip)
+    optimizer.rates = rates
 
 
 def growth(run):
@@ -112,33 +102,24 @@ def growth(run):
         run.config.batch_size = usual_size
 
 
-def whole(group, *args):
-    init(group, *args)
-    group.block = group.rows
-
-
-step, init = quant.AdamW._step, quant.Group.__init__
-forward_backward = train.Run.forward_backward
+apply, forward_backward = quant.Optimizer.apply, train.Run.forward_backward
 PATCHES = {  # idea: (where, what, by what)
-    'sign': [(quant, 'direction', sign)],
-    'muon': [(quant, 'direction', muon), (quant.Group, '__init__', whole)],
-    'estimated': [(quant, 'direction', estimated)],
-    'squared': [(quant, 'direction', squared)],
-    'kept': [(quant, 'update', kept)],
-    'feedback': [(quant, 'update', feedback)],
-    'sticky': [(quant, 'update', sticky)],
-    'attention': [(quant.AdamW, '_step', attention)],
-    'growth': [(train.Run, 'forward_backward', growth)]}
+    **{idea: (quant, 'direct_step', inside(idea)) for idea in (
+        'sign', 'muon', 'estimated', 'kept', 'feedback', 'squared', 'sticky')},
+    'attention': (quant.Optimizer, 'apply', attention),
+    'growth': (train.Run, 'forward_backward', growth)}
 
 
 @contextmanager
 def trying(name):
     """Within, the idea `name` is in its place; '' is none."""
-    before = [(place, what, getattr(place, what)) for place, what, _ in PATCHES.get(name, ())]
+    if not name:
+        yield
+        return
+    place, what, new = PATCHES[name]
+    old = getattr(place, what)
+    setattr(place, what, new)
     try:
-        for place, what, new in PATCHES[name] if name else ():
-            setattr(place, what, new)
         yield
     finally:
-        for place, what, old in before:
-            setattr(place, what, old)
+        setattr(place, what, old)

@@ -19,8 +19,9 @@ import torch
 from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines, compare,
                               decide, load, losses, run_all, table)
 from model import GPT
-from quant import Linear, Recipe, dequantize, health, held, quantize, rtn_, spec
-from train import make_optimizer, parse, pick_dtype, to_batch
+from quant import (How, Linear, Optimizer, bytes_held, dequantize, fake_quant, health, quantize,
+                   rtn_)
+from train import parse, pick_dtype, to_batch
 
 # every row trains by the rates best for the baseline; experiments/direct.py has the tries. The
 # small ones are so many that they have fewer steps than there
@@ -36,8 +37,8 @@ def rows():
     weights = [f'weights={grid}/{group}' for grid in ('int8', 'int4', 'int3', 'int2')
                for group in ('tensor', 'row', '32')]
     weights += [f'weights=ternary/{group}/absmean' for group in ('tensor', 'row', '32')]
-    activations = [f'activations={grid}/{group}' for grid in ('int8', 'int4')
-                   for group in ('row', 'tensor', 'column')]        # row: one scale per token
+    activations = [f'activations={grid}/{group}' for grid in ('int8', 'int4')   # row: per token
+                   for group in ('row', 'row/asymmetric', 'tensor', 'column')]
     gradients = [f'gradients={grid}/row/{rounding} gradients_in={where}'
                  for grid in ('int8', 'int4')
                  for rounding in ('nearest', 'stochastic') for where in ('dw', 'dx', 'both')]
@@ -52,7 +53,8 @@ def rows():
               'adam_v=uint8/64/root4 beta2=0.999']
     together = ['config/w8a8.py', 'config/w8a8.py compute=float',       # not codes multiplied
                 'config/w8a8g8.py', 'config/w8a8g8.py compute=float',
-                'config/w8a8g8.py backward=requantize',
+                'config/w8a8g8.py backward=requantize', 'weights=mxfp8 activations=mxfp8',
+                'weights=mxfp8 activations=mxfp8 gradients=mxfp8 backward=requantize',
                 'config/everything.py embedding_lr=96e-3']       # best for direct ternary
     forward = {f'W4A4 {how}': f'weights={how} activations={how}' for how in (
         'int4/row', 'int4/row/mse', 'int4/row/hadamard', 'int4/row/hadamard/mse', 'int4/32',
@@ -106,6 +108,7 @@ CLAIMS = [  # (of the paper, what it says, a, '<=' or '>=', percent, b): loss(a)
     ('ours', 'which beats plain absmax', W4A4G4, '<=', 0, 'W4A4 int4/row, G4 int4/row')]
 
 TERNARY = 'weights=ternary/row/absmean'
+TOKENS = 8192       # of validation data, to look at trained models with
 KEPT = [BASE, 'weights=int8/row', 'weights=int4/row', 'weights=int3/row', TERNARY]
 
 
@@ -113,10 +116,10 @@ KEPT = [BASE, 'weights=int8/row', 'weights=int4/row', 'weights=int3/row', TERNAR
 # looking into trained models
 
 def look_at(job):
-    """A finished run and 8,192 tokens of validation data: (run, x, y)."""
+    """A finished run and TOKENS of validation data: (run, x, y)."""
     run = load(job)
     T = run.config.block_size
-    n = max(1, 8192 // T)
+    n = max(1, TOKENS // T)
     starts = [i * (len(run.val_data) - T - 1) // n for i in range(n)]
     return run, *to_batch(run.val_data, starts, T, run.vocab_size, run.device)
 
@@ -128,8 +131,7 @@ def layers(run):
 def gradients(run, x, y, **how):
     """dL/dw of every block linear, quantized as `how` says, as one list."""
     for layer in layers(run).values():
-        layer.how = Recipe(**{k: v if k == 'backward' else spec(v) for k, v in how.items()},
-                           parts=layer.how.parts)
+        layer.how = How(**how)
     run.model.set_noise(0)
     return torch.autograd.grad(run.model(x, y), [m.weight for m in layers(run).values()])
 
@@ -192,9 +194,8 @@ def sharpness(run, x, y, draws=8):
     run.model.eval()
     seen = {}
     for name, layer in layers(run).items():
-        w = dequantize(quantize(layer.weight, layer.how.weights, parts=layer.how.parts))
-        seen[name] = w.clone()                  # full precision is the weight itself
-        layer.how = Recipe(activations=layer.how.activations, parts=layer.how.parts)
+        seen[name] = fake_quant(layer.weight, layer.how.weights).clone()
+        layer.how = How(activations=layer.how.activations)
 
     def loss(eps, draw):
         generator = torch.Generator().manual_seed(draw)
@@ -213,9 +214,9 @@ def memory(args, vocab_size, x, y):
     """Bytes of one step by category; activations: what autograd keeps for the backward."""
     config, kept = parse(args), {}
     model = GPT(config, vocab_size).to(x.device)
-    rtn_(model, config.master)
+    rtn_(model, config.stored)
     model.dtype = pick_dtype(config, x.device)
-    optimizer = make_optimizer(config, model, x.device, False)
+    optimizer = Optimizer(model, config)
 
     def note(t):
         storage = t.untyped_storage()
@@ -225,7 +226,7 @@ def memory(args, vocab_size, x, y):
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         model(x, y).backward()
-    size = held(model, optimizer)
+    size = bytes_held(model, optimizer)
     size.pop('linear')
     return {**size, 'activations': sum(n for at, n in kept.items() if at not in own)}
 
@@ -236,7 +237,7 @@ def post_training(run):
     found = {}
     for how in ('', 'int8/row', 'int4/row', 'int3/row', 'ternary/row/absmean'):
         for layer in layers(run).values():
-            layer.how = Recipe(weights=spec(how), parts=layer.how.parts)
+            layer.how = How(weights=how)
         found[how] = run.evaluate(run.config.final_tokens)['val_loss']
     return found
 
@@ -250,7 +251,7 @@ def analyse(jobs, size):
     found = {'outliers': outliers(inputs), 'zeros': zeros(run, x, y, outputs),
              'cosines': cosines(run, x, y), 'layers': list(layers(run)), 'memory': {}}
     for layer in layers(run).values():
-        layer.how = Recipe(spec('int4/row'), spec('int4/row'), parts=layer.how.parts)
+        layer.how = How('int4/row', 'int4/row')
     found['snr'] = {name.removeprefix('h.'):
                     {k: entry[k]['snr_db'] for k in ('weights', 'activations')}
                     for name, entry in health(run.model, x[:1]).items()}

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from experiments.runs import RESULTS, ROOT, SIZES, Job, arguments, load, read, run_all, run_one
-from quant import dequantize, fake_quant, hessians, linears
+from quant import dequantize, fake_quant, hessian, linears
 from train import to_batch
 
 BITS = 8, 6, 4, 3, 2
@@ -34,29 +34,29 @@ METHODS = 'RTN', 'GPTQ', 'QAFT'
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
 BASES = {   # trained for long, as is best for full precision in experiments/direct.py
     'small': 'learning_rate=1.5e-3 embedding_lr=6e-3 beta2=.95 max_iters=4000 warmup_iters=100',
-    'default': 'ramp=20 init_gain=.7 adam_v=factored max_iters=4000'}
+    'default': 'ramp=20 init_gain=.7 adam_v=rank1 max_iters=4000'}
 
 
 def jobs_of(size, sequences=128):
     """{what: Job} of seed 1: the base, and all that is made of it, by bits and method or try."""
     shape = [*SIZES[size], '--eval_interval=100000', '--final_tokens=32768']
     base = Job(f'{size} base', [*shape, *arguments(BASES[size])], 1)
-    start = [*shape, f'--init_from={base.folder.relative_to(ROOT)}/ckpt.pt']
+    start = [f'{base.folder.relative_to(ROOT)}/ckpt.pt', *shape]
     jobs = {'base': base}
 
     def add(what, name, text):
         jobs[what] = Job(f'{size} {name}', [*start, *arguments(text)], 1)
 
     for rate, steps in TRIES:
-        tune = f'config/qaft.py batch_size=8 learning_rate={rate} max_iters={steps} ' \
-            f'warmup_iters={steps // 10} sequences={sequences}'
+        tune = f'config/qaft.py adam_v= ramp=0 batch_size=8 learning_rate={rate} ' \
+            f'max_iters={steps} warmup_iters={steps // 10} sequences={sequences}'
         how = f'{rate}, {steps} steps of {sequences}'
         add(('control', (rate, steps)), f'control {how}', f'{tune} weights=')
         for bits in BITS:
             add((bits, (rate, steps)), f'{bits}-bit QAFT {how}',
                 f'{tune} weights={GRID.format(bits)}')
     for bits in BITS:
-        grid = f'master={GRID.format(bits)}'
+        grid = f'stored={GRID.format(bits)}'
         add((bits, 'RTN'), f'{bits}-bit RTN', f'config/gptq.py ptq=rtn {grid}')
         add((bits, 'GPTQ'), f'{bits}-bit GPTQ of {sequences}',
             f'config/gptq.py {grid} sequences={sequences}')
@@ -70,8 +70,7 @@ def weights(run):
     """{name: value} of every parameter, block linears as the forward sees them."""
     found = {name: p.detach() for name, p in run.model.named_parameters()}
     for name, layer in linears(run.model).items():
-        found[name] = fake_quant(dequantize(layer.stored()), layer.how.weights,
-                                 parts=layer.how.parts)
+        found[name] = fake_quant(dequantize(layer.stored_weight()), layer.how.weights)
     return found
 
 
@@ -108,14 +107,26 @@ def changes(base, group):
     for job in group:
         run = load(job)
         q, batches = weights(run), run.sequences()
-        H = hessians(layers.values(), lambda: [full.model(x) for x in batches])
+        H = hessians(layers, lambda: [full.model(x) for x in batches])
         size = lambda d, h: (d @ h * d).sum().item()
-        errors = {name: (size(q[name] - w[name], h), size(w[name], h))
-                  for name, h in zip(layers, H)}
+        errors = {name: (size(q[name] - w[name], h), size(w[name], h)) for name, h in H.items()}
         error, whole = map(sum, zip(*errors.values()))
         found.append({'distance': norm({name: q[name] - w[name] for name in q}),
                       'layers': {name: e / n for name, (e, n) in errors.items()},
                       'error': error / whole})
+    return found
+
+
+def hessians(layers, run):
+    """{name: H} of many layers, in one run: each is found while those before it wait."""
+    found = {}
+
+    def look(names):
+        if not names:
+            return run()
+        found[names[0]] = hessian(layers[names[0]], lambda: look(names[1:]))
+
+    look(list(layers))
     return found
 
 

@@ -54,13 +54,13 @@ class Job(NamedTuple):
 
     @property
     def mark(self):
-        """A digest of what is not the default and matters to the loss: a run whose config file
-        changed is another."""
-        config, default = (asdict(train.parse(args)) for args in (plain(self.args), []))
-        changed = {k: v for k, v in config.items()
-                   if v != default[k] and k not in ('out_dir', 'compile')}
+        """A digest of what is not the default, or not the checkpoint's, and matters to the loss: a
+        run whose config file changed is another."""
+        default, given = asdict(train.Config()), keys(self.args)
+        changed = {k: v for k, v in given.items() if k not in ('out_dir', 'compile')
+                   and (v != default[k] or given.get('checkpoint'))}
         text = json.dumps([changed, idea(self.args), self.seed], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(text.replace(f'{ROOT}/', '').encode()).hexdigest()[:12]
 
     @property
     def folder(self):
@@ -74,6 +74,18 @@ def plain(args):
 
 def idea(args):
     return ''.join(a.removeprefix('--idea=') for a in args if a.startswith('--idea='))
+
+
+def keys(args):
+    """{key: value} that arguments of train.py give, neither checked nor tried; of a checkpoint,
+    which may not be there yet, its path."""
+    found = {}
+    for arg in plain(args):
+        key, _, text = arg.removeprefix('--').partition('=')
+        found |= {'checkpoint': arg} if arg.endswith('.pt') else \
+            {key: train.value_of(key, text, arg)} if arg.startswith('--') else \
+            train.read_config(arg)
+    return found
 
 
 def machine():
@@ -101,26 +113,25 @@ def read(path):
 
 
 def load(job, *more):
-    """The model of a job whose checkpoint is still there, as train.py builds it from its arguments
-    and `more`: a Run."""
-    args = [*plain(job.args), f'--seed={job.seed}', f'--out_dir={job.folder}',
-            f'--init_from={job.folder}/ckpt.pt', '--eval_only=True', *more]
+    """The model of a job whose checkpoint is still there, as train.py builds it from that and from
+    `more` arguments: a Run."""
+    args = [f'{job.folder}/ckpt.pt', '--eval_only=True', *more]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return train.Run(train.parse(args), 0, 1)
 
 
 def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
-    val_loss None; any other failure raises RuntimeError with its last words. Where a master has
+    val_loss None; any other failure raises RuntimeError with its last words. Of stored codes with
     more levels than three, loss_as_ternary is that of the same model with ternary weights."""
-    config, failed = train.parse(plain(job.args)), ''
-    unfinished = (job.folder / 'ckpt.pt').exists() and not config.ptq
-    resume = ['--init_from=resume'] if unfinished else ['--overwrite=True']
+    given, failed = keys(job.args), ''
+    unfinished = (job.folder / 'ckpt.pt').exists() and not given.get('ptq')
+    args = ['--init_from=resume'] if unfinished else \
+        [*plain(job.args), f'--seed={job.seed}', '--sample_tokens=0', '--overwrite=True']
     torch._dynamo.reset()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), trying(idea(job.args)):
         try:
-            train.main([*plain(job.args), f'--seed={job.seed}', '--sample_tokens=0',
-                        f'--out_dir={job.folder}', *resume])
+            train.main([*args, f'--out_dir={job.folder}'])
         except SystemExit as e:
             if e.code == 130:                       # Ctrl-C: no more jobs
                 os._exit(130)
@@ -133,10 +144,10 @@ def run_one(job):
              for e in log if 'train_loss' in e]
     kept = {'val_loss': None, 'failed': failed.split(';')[0]} if failed else \
         {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
-    coarse = 'ternary' in config.master + config.weights
-    if not failed and config.master and not config.ptq and not coarse:
+    coarse = 'ternary' in given.get('stored', '') + given.get('weights', '')
+    if not failed and given.get('stored') and not given.get('ptq') and not coarse:
         run = load(job, '--weights=ternary/row/absmean')
-        kept['loss_as_ternary'] = run.evaluate(config.final_tokens)['val_loss']
+        kept['loss_as_ternary'] = run.evaluate(run.config.final_tokens)['val_loss']
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': job.mark, **kept,
             'curve': curve[::max(1, len(curve) // 20)], 'threads': torch.get_num_threads(),
             'sha256': first['sha256'], **first['versions'], 'machine': machine(),
@@ -265,7 +276,7 @@ def table(results, reference, names=None):
         mean, error = compare(results, name, reference)
         error = '' if math.isnan(error) else f' ± {error:.1f}'
         difference = '' if math.isnan(mean) else f'{mean:+.1f}{error} %'
-        held = rows[0]['bytes']['linear']
+        size = rows[0]['bytes']['linear']
         lines.append(f'| {name} | {len(rows)} | {statistics.mean(values):.3f}{spread} | '
-                     f'{difference} | {held["weights"]:.2f} + {held["optimizer"]:.2f} |')
+                     f'{difference} | {size["weights"]:.2f} + {size["optimizer"]:.2f} |')
     return lines

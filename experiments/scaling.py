@@ -326,7 +326,7 @@ def measure(job):
     trained in few bits, as the forward saw them, to fewer."""
     result = run_one(job)
     config = parse(job.args)
-    if result['val_loss'] is None or config.master or config.activations or config.kv_cache:
+    if result['val_loss'] is None or config.stored or config.activations or config.kv_cache:
         return result
     for how in ('rtn', 'gptq'):
         result[how] = {}
@@ -335,7 +335,7 @@ def measure(job):
                 run = load(job, '--sequences=64')
                 for layer in linears(run.model).values():
                     layer.weight.data = fake_quant(layer.weight.data, layer.how.weights)
-                    layer.how = replace(layer.how, weights=None)
+                    layer.how = replace(layer.how, weights='')
                 if how == 'rtn':
                     rtn_(run.model, f'int{bits}/row')
                 else:
@@ -526,15 +526,22 @@ def say_plan(found, options):
     if math.isinf(best[0]):
         raise SystemExit(f'{options.memory:g} bytes are too few: give --memory=1e3 or more')
     others = [plan(c, *ask) for c in found['bootstrap'] if all(f'gamma_{x}' in c for x in kinds)]
-    lines = [f'{", ".join(NAMES[x] for x in kinds)}: P bits; all else full']
-    for i, (name, form) in enumerate((('loss, nats', '{:.3f}'), ('N, weights', '{:.3g}'),
-                                      ('D, tokens', '{:.3g}'), ('P, bits', '{:.0f}'))):
+    given = zip(ask, ('compute of {:g} operations of 16 bits', 'memory of {:g} bytes for weights',
+                      'at most {:g} bytes of text'))
+    lines = ['given: ' + ', '.join(text.format(value) for value, text in given if value),
+             f'{", ".join(NAMES[x] for x in kinds)} have P bits, all else is in full precision']
+    for i, (name, form, unit) in enumerate((('loss', '{:.3f}', 'nats/byte'),
+                                            ('N', '{:.3g}', 'weights'),
+                                            ('D', '{:.3g}', 'bytes of text trained on'),
+                                            ('P', '{:.0f}', 'bits'))):
         low, high = map(form.format, interval([other[i] for other in others]))
-        lines.append(f'{name:11}{form.format(best[i])}, 90 % of the bootstrap {low} to {high}')
+        lines.append(f"{name:5}{form.format(best[i])} {unit}, 90 % of the bootstrap "
+                     f"{low} to {high}")
     within = {x: found['range'][x] for x in 'ND'}
     if any(not low <= value <= high for value, (low, high) in zip(best[1:], within.values())):
         lines.append('an extrapolation: the fit is of ' + ' and '.join(
-            f'{x} = {low:.3g} to {high:.3g}' for x, (low, high) in within.items()))
+            f'{x} = {low:.3g} to {high:.3g} {unit}' for (x, (low, high)), unit in
+            zip(within.items(), ('weights', 'bytes'))))
     if len(found['widths']['w']) < 3:
         widths = ' and '.join(map(str, sorted(found['widths']['w'])))
         lines.append(f'of weights only {widths} bits cost more than noise here: what more bits '
@@ -792,7 +799,7 @@ if __name__ == '__main__':
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
     for name, text in (('compute', 'of plan: operations of 16 bits, (6 / 16) N D P'),
                        ('memory', 'of plan: bytes of the weights, N P / 8'),
-                       ('tokens', 'of plan: most tokens there are')):
+                       ('tokens', 'of plan: most tokens there are; a token is a byte')):
         parser.add_argument(f'--{name}', type=positive, help=text)
     os.chdir(ROOT)                                      # where config/ is
     options = parser.parse_args()

@@ -1,0 +1,93 @@
+"""
+Losses of runs side by side, over the tokens they have seen (pip install matplotlib):
+
+    python -m experiments.curve out/*/log.jsonl [--out=curves.png]
+
+A faint line is the training loss, smoothed over log lines, and a line with dots the validation
+loss; a run that was quantized without training is a dashed line. Only losses on the same data
+compare: where runs differ in that, the legend says which data.
+"""
+import json
+import os
+import sys
+
+
+def read(path):
+    """(folder, sha256 of the data, [(tokens, loss)] of train, the same of val, last val loss)."""
+    with open(path, encoding='utf-8') as f:
+        head, *log = map(json.loads, f)
+    c, curves, last = head['config'], {'train_loss': [], 'val_loss': []}, None
+    step = c['batch_size'] * c['grad_accum'] * c['block_size'] * head.get('world', 1)
+    for line in log:
+        last = line.get('val_loss', last)
+        for key in curves.keys() & line.keys() if 'done' not in line else ():
+            curves[key].append((line.get('tokens', line['iter'] * step), line[key]))
+    return os.path.dirname(os.path.abspath(path)), head['sha256'], *curves.values(), last
+
+
+def smooth(points, keep=0.8):
+    """(x, y) -> (x, mean of y so far, in which a point counts `keep` times the one after it)."""
+    total = weight = 0.0
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1
+        yield x, total / weight
+
+
+def draw(runs, path):
+    """The picture of what `read` gave."""
+    import matplotlib
+    matplotlib.use('Agg')                                               # a file, no screen
+    from matplotlib import pyplot, ticker
+    fig, ax = pyplot.subplots(figsize=(10, 5.5), layout='constrained')
+    names = [os.path.basename(folder) for folder, *_ in runs]
+    seen = []                                       # losses that must be within the picture
+    for i, (folder, sha256, train, val, last) in enumerate(runs):
+        label = names[i] if names.count(names[i]) == 1 else os.path.relpath(folder)
+        label += f'  {last:.3f}' if last else ''
+        label += f'  (data {sha256[:6]})' if len({run[1] for run in runs}) > 1 else ''
+        # up to ten colours that one can tell apart, or as many as there are runs
+        colour = f'C{i}' if len(runs) <= 10 else pyplot.get_cmap('turbo')((i + 0.5) / len(runs))
+        train = list(smooth(train))
+        if last and not train:
+            ax.axhline(last, linestyle='--', color=colour, label=label)
+        else:
+            ax.plot(*zip(*train or [(0, None)]), alpha=0.4, linewidth=1, color=colour)
+            ax.plot(*zip(*val or [(0, None)]), 'o-', markersize=4, color=colour, label=label)
+        # without the first fall from log(vocabulary), which would take up most of it
+        seen += [y for _, y in val + train[len(train) // 4:]] + [last] * bool(last)
+    ax.plot([], alpha=0.4, linewidth=1, color='black', label='training, smoothed')
+    if seen:
+        ax.set_ylim(min(seen) - 0.05, max(seen) + 0.05)
+    ax.set(xlabel='tokens seen', ylabel='loss (nats per token)')
+    ax.xaxis.set_major_formatter(ticker.EngFormatter())                 # 1.5 M
+    ax.set_xlim(left=0)
+    ax.grid(alpha=0.3)
+    fig.legend(loc='outside right upper', title='run and its last validation loss')
+    fig.savefig(path, dpi=150)
+
+
+def main(argv):
+    out, runs = 'curves.png', []
+    for path in argv:
+        if path.startswith('--out='):
+            out = path[6:]
+            continue
+        try:
+            runs.append(read(path))
+        except OSError as e:
+            raise SystemExit(f'error: cannot read {path}: {e.strerror}') from None
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise SystemExit(f'error: {path} is not the log of a run: {e!r}') from None
+    if not runs:
+        raise SystemExit('error: give logs: python -m experiments.curve out/*/log.jsonl')
+    try:
+        draw(runs, out)
+    except ImportError as e:
+        raise SystemExit(f'error: {e}: pip install matplotlib') from None
+    except (OSError, ValueError) as e:      # a folder that is not there, an unknown format
+        raise SystemExit(f'error: cannot write {out}: {e}') from None
+    print(f'wrote {out}')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
