@@ -7,11 +7,11 @@ A linear layer is three matmuls. With tokens in rows, x (N, in), w (out, in), g 
     backward    dx = g^ w^               g^ = Q_g(g)
                 dw = (g^)^T x^
 
-A step of the optimizer reads and writes w itself and its moments m and v. Each of these tensors can
-be quantized, and a string says how: 'int8/row', 'ternary/tensor/absmean', 'uint8/256/root4', or ''
-for full precision. Weights are low-bit in two ways: a float32 weight is rounded in every forward
-(`weights`: paper 1 and BitNet), or low-bit codes are the only weight there is (`stored`: paper 2),
-and the optimizer moves the codes themselves by stochastic rounding. Or in both.
+A step of the optimizer reads and writes w itself and its moments m and v. Each of these tensors
+can be quantized, and a string says how: 'int8/row', 'ternary/tensor/absmean', 'uint8/256/root4',
+or '' for full precision. Weights are low-bit in two ways: a float32 weight is rounded in every
+forward (`weights`: paper 1 and BitNet), or low-bit codes are the only weight there is (`stored`:
+paper 2), and the optimizer moves the codes themselves by stochastic rounding. Or in both.
 
     paper 1  Chitsaz et al., Exploring Quantization for Efficient Pre-Training, arXiv 2407.11722
     paper 2  Zhao et al., Direct Quantized Training with Stochastic Rounding, arXiv 2412.04787
@@ -20,10 +20,10 @@ import difflib
 import hashlib
 import math
 from collections import namedtuple
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
 class Grid(NamedTuple):
-    """Codes: whole numbers from low to high, or, of a float grid, the rounded numbers themselves."""
+    """Codes: whole numbers from low to high; of a float grid, the rounded numbers themselves."""
     bits: int                           # of a code as it is stored; below 8 they are packed
     low: float                          # Qn
     high: float                         # Qp
@@ -52,15 +52,9 @@ GRIDS = {
     'bf16': Grid(16, -2. ** 128 + 2. ** 120, 2. ** 128 - 2. ** 120, torch.bfloat16, (7, -126)),
     'rank1': Grid(0, 0, 0),     # no codes, but a mean of each row and column: Adafactor's v
 }
-
-
-class Map(NamedTuple):
-    """What an integer code stands for, before the scale, and the ways back."""
-    level: Callable     # of a code, rising
-    code: Callable      # its inverse: of a level, a real number between two codes
-    nearest: Callable   # the same, such that rounding it gives the nearest code
-
-
+# what a code of integers stands for, before the scale, and the ways back: `level` of a code;
+# `code`, its inverse, a real number; `nearest`, the same, but so that to round it is right
+Map = namedtuple('Map', 'level code nearest')
 MAPS = {
     'linear': Map(lambda c: c, lambda y: y, lambda y: y),
     # for m; the middle of c^2 and (c + 1)^2 is (c + 1/2)^2 + 1/4
@@ -82,19 +76,18 @@ TINY = 2.0 ** -126      # the least scale: no quotient is 0 / 0
 class Spec:
     """How a tensor is quantized; spec('int8/row/stochastic') parses one, words in any order."""
     grid: str                   # the codes, a key of GRIDS
-    group: str | int = 'tensor'     # what shares a scale: the tensor; a row, along the last axis; a
-                                # column, along all others; so many neighbours on the last axis
-    scale: str = 'absmax'       # s = max|x| / Qp, which clips nothing (int2 then has three levels);
-                                # absmean: s = mean|x| / sqrt(Qp), of ternary as in BitNet b1.58
-                                # (arXiv 2402.17764), of int4 as in a4.8 (2411.04965); mse: of .3,
-                                # .4 .. 1 times absmax the one with the least |x - x^|^2
+    group: str | int = 'tensor'     # what shares a scale: the tensor; a row, along the last axis;
+                                # a column, along the others; n neighbours on the last axis
+    scale: str = 'absmax'       # s = max|x| / Qp, which clips nothing (int2 then has 3 levels);
+                                # absmean: mean|x| / sqrt(Qp), of ternary BitNet b1.58 (arXiv
+                                # 2402.17764), of int4 a4.8 (2411.04965); mse: of .3, .4 .. 1
+                                # times absmax the one with the least |x - x^|^2
     rounding: str = 'nearest'   # or stochastic: up with the probability that keeps the mean
     map: str = 'linear'         # a key of MAPS: what a code stands for
     sign: str = 'symmetric'     # asymmetric: x^ = (q + z) s, so that codes span [min, max]
     rotation: str = ''          # hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
-    format: str = ''            # nvfp4: fp4, e4m3 scales under one float32 scale; mxfp4, mxfp8:
-                                # scales are powers of two, rounded down (which may clip the largest
-                                # by a quarter) and up
+    format: str = ''            # nvfp4: e4m3 scales under one of float32; mxfp4, mxfp8: scales are
+                                # powers of two, rounded down (clips up to a quarter), and up
 
     @property
     def top(self):      # level of the highest code
@@ -110,34 +103,33 @@ def spec(text):
     that is unknown, comes twice, or contradicts another."""
     if not text or isinstance(text, Spec):
         return text or None
-    said, good = {}, [*(w for words in WORDS.values() for w in words), *FORMATS]
+    known = {word: {field: word} for field, words in WORDS.items() for word in words}
+    for word, (grid, block) in FORMATS.items():
+        known[word] = {'grid': grid, 'group': block, 'format': word}
+    said = {}
     for word in text.split('/'):
-        found = {field: word for field, words in WORDS.items() if word in words}
-        if word in FORMATS:
-            found = dict(zip(('grid', 'group', 'format'), (*FORMATS[word], word)))
-        elif word.isdecimal() and int(word) > 0:
-            found = {'group': int(word)}
+        size = word.isdecimal() and int(word)
+        found = {'group': size} if size else known.get(word)
         if not found:
-            near = [f", did you mean '{w}'?" for w in difflib.get_close_matches(word, good, 1)]
-            raise ValueError(f"spec '{text}': unknown word '{word}'{''.join(near)} Good words: "
-                             f"{', '.join(good)}, or a block size")
+            near = difflib.get_close_matches(word, known, 1)
+            hint = f", did you mean '{near[0]}'?" if near else '.'
+            raise ValueError(f"spec '{text}': unknown word '{word}'{hint} Good words: "
+                             f"{', '.join(known)}, or a block size")
         for field in found.keys() & said.keys():
-            raise ValueError(f"spec '{text}': '{word}' says the {field} a second time, after "
-                             f"'{said[field]}'; keep one of them")
+            raise ValueError(f"spec '{text}': '{word}' says the {field} a second time")
         said |= found
     if 'grid' not in said:
         raise ValueError(f"spec '{text}' names no grid; add one of {', '.join(GRIDS)}")
-    s, words = Spec(**said), {str(word) for word in said.values()}
-    # the words that the grid, the sign, the map or the format do not go with
-    wrong = {'bf16': words - {'bf16', 'stochastic'}, 'rank1': words - {'rank1'},
-             'ternary': {'asymmetric'}}.get(s.grid, set())
-    for is_so, others in ((GRIDS[s.grid].float, 'sqrt root4 asymmetric absmean'),
-                          (s.sign == 'asymmetric', 'sqrt root4 absmean mse'),
-                          (s.sign == 'symmetric' and s.grid[0] == 'u', 'hadamard'),
-                          (s.map != 'linear', 'absmean'), (s.format[:2] == 'mx', 'mse')):
-        wrong = wrong | set(others.split()) if is_so else wrong
-    for word in sorted(words & wrong):
-        raise ValueError(f"spec '{text}' contradicts itself: '{word}' does not go with the rest")
+    s, grid, words = Spec(**said), GRIDS[said['grid']], {str(word) for word in said.values()}
+    for is_so, wrong in (
+            (s.grid == 'bf16', words - {'bf16', 'stochastic'}),
+            (s.grid == 'rank1', words - {'rank1'}), (s.grid == 'ternary', {'asymmetric'}),
+            (grid.float, {'sqrt', 'root4', 'asymmetric', 'absmean'}),
+            (s.sign == 'asymmetric', {'sqrt', 'root4', 'absmean', 'mse'}),
+            (s.sign == 'symmetric' and grid.low == 0, {'hadamard'}),
+            (s.map != 'linear', {'absmean'}), (s.format[:2] == 'mx', {'mse'})):
+        for word in sorted(words & wrong) if is_so else ():
+            raise ValueError(f"spec '{text}' contradicts itself: '{word}' does not go with it")
     return s
 
 
@@ -163,8 +155,8 @@ def stream(key, n):
 
 
 def uniform(x, key):
-    """u_i = hash(i, key) in [0, 1], 31 bits, float32, one for each element of x. Neither device nor
-    compilation changes it. Raises ValueError beyond 2^31 elements, where i would repeat."""
+    """u_i = hash(i, key) in [0, 1], 31 bits, float32, for each element of x, on any device alike.
+    Raises ValueError beyond 2^31 elements, where i would repeat."""
     if x.numel() >= 2 ** 31:
         raise ValueError(f'{x.numel()} elements at once are too many for stochastic rounding; '
                          'lower batch_size and raise grad_accum')
@@ -186,11 +178,11 @@ class QTensor(NamedTuple):
 
 
 def quantize(x, how, key=0, scale=None):
-    """q = clip(round(x / s), Qn, Qp): codes and scales of x (..., C), computed in float32. `how` is
-    a Spec, its string, or None, which stores x as it is; `key`, int or int32 (), is of the noise of
-    stochastic rounding; `scale` is kept instead of found. Raises ValueError when a block, or the
-    codes that share a byte, do not divide C.
-    Paper 1: s = max|x| / Qp; asymmetric s = (max - min) / (Qp - Qn), z = round(min / s - Qn)."""
+    """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp; asymmetric, q = clip(round(x / s - z),
+    Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s - Qn) (paper 1): x (..., C), computed
+    in float32. `how` is a Spec, its string, or None, which stores x as it is; `key`, int or int32
+    (), is that of the noise; `scale` is kept, not found. Raises ValueError where blocks, or codes
+    that share a byte, do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -232,10 +224,9 @@ def fake_quant(x, how, key=0):
 # the steps of quantize, in its order
 
 def rotate(x):
-    """x H along the last axis, float32: H the orthogonal Hadamard matrix, in blocks as long as the
-    highest power of two that divides the axis, at most 128. H H = 1, so rotating twice undoes it;
-    and (x H)(w H)^T = x w^T, so a matmul of two rotated operands needs no undoing. An outlier is
-    spread over its block (QuaRot, arXiv 2404.00456; in pre-training, QuEST, 2502.05003)."""
+    """x H along the last axis, float32: H the orthogonal Hadamard matrix, in blocks of the highest
+    power of two that divides the axis, at most 128, over which it spreads an outlier. H H = 1, and
+    (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training, QuEST, 2502.05003)."""
     n = math.gcd(x.shape[-1], 128)
     h = torch.ones(1, 1, device=x.device)
     while len(h) < n:
@@ -247,8 +238,7 @@ def grouped(x, s):
     """View x with what shares a scale along one axis, s.axis."""
     if isinstance(s.group, int):
         if x.shape[-1] % s.group:
-            raise ValueError(f'blocks of {s.group} do not divide a last axis of {x.shape[-1]}; '
-                             'choose a block that does, or row')
+            raise ValueError(f'blocks of {s.group} do not divide a last axis of {x.shape[-1]}')
         return x.unflatten(-1, (-1, s.group))                       # (..., C / group, group)
     return {'row': x, 'tensor': x.reshape(1, -1), 'column': x.flatten(0, -2)}[s.group]
 
@@ -262,16 +252,16 @@ def find_scale(x, s):
         size = x.amax(axis, keepdim=True).clamp(min=0) - least
         scale = (size / (grid.high - grid.low)).clamp(min=TINY)
         return scale, (least / scale - grid.low).round(), None
+    size, top = x.abs().amax(axis, keepdim=True), s.top
     if s.scale == 'absmean':
-        return (x.abs().mean(axis, keepdim=True) / grid.high ** 0.5).clamp(min=TINY), None, None
-    size = x.abs().amax(axis, keepdim=True)
+        size, top = x.abs().mean(axis, keepdim=True), grid.high ** 0.5
     if s.scale == 'mse':
         size = least_error(x, size, s)
     if s.format == 'nvfp4':
         # e4m3 goes from 2^-9 to 448; the outer scale brings the largest of all to 448
-        outer = (size.amax() / (s.top * 448)).clamp(min=TINY)
-        return (size / s.top / outer).clamp(min=2.0 ** -9).to(torch.float8_e4m3fn), None, outer
-    scale = (size / s.top).clamp(min=TINY)
+        outer = (size.amax() / (top * 448)).clamp(min=TINY)
+        return (size / top / outer).clamp(min=2.0 ** -9).to(torch.float8_e4m3fn), None, outer
+    scale = (size / top).clamp(min=TINY)
     if s.format == 'mxfp4':
         scale = (power_of_two(size) / 4).clamp(min=TINY)            # 4 is a power of two in fp4
     if s.format == 'mxfp8':
@@ -282,17 +272,13 @@ def find_scale(x, s):
 
 def least_error(x, size, s):
     """The one of .3, .4 .. 1 times size = max|x| with the least |x - x^|^2, of each group."""
-    nearest = replace(s, rounding='nearest')
-
-    def error(size):
-        step = (size / s.top).clamp(min=TINY)
-        x_hat = step * MAPS[s.map].level(round_to(x / step, nearest, 0))
-        return (x - x_hat).square().sum(s.axis, keepdim=True)
-
-    best, least = size, error(size)
-    for fraction in (.3, .4, .5, .6, .7, .8, .9):
-        e = error(fraction * size)
-        best, least = torch.where(e < least, fraction * size, best), torch.minimum(e, least)
+    s, best, least = replace(s, rounding='nearest'), size, torch.full_like(size, math.inf)
+    for fraction in (1, .3, .4, .5, .6, .7, .8, .9):                # a tie goes to the first
+        step = (fraction * size / s.top).clamp(min=TINY)
+        x_hat = step * MAPS[s.map].level(round_to(x / step, s, 0))
+        error = (x - x_hat).square().sum(s.axis, keepdim=True)
+        best = torch.where(error < least, fraction * size, best)
+        least = torch.minimum(error, least)
     return best
 
 
@@ -340,6 +326,7 @@ def levels(q):
     c = unpack(q.codes, q.spec)
     if grid.bits > 7 or not grid.float:
         return level(c.float() + (grid.low if grid.bits < 8 else 0))
+    # the bits of a float32 again, and the sign above them
     mantissa, exponent = grid.float
     i = (c.int() & (2 ** (grid.bits - 1) - 1)) << (23 - mantissa)
     y = i.view(torch.float32) * 2.0 ** (126 + exponent)
@@ -347,17 +334,17 @@ def levels(q):
 
 
 def pack(c, s):
-    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8). Bits lie in fields of 4, 2
-    and 1: 4 are two to a byte, 6 are a field of 4 and one of 2. Byte j of the n of a field holds
-    codes j, j + n, j + 2n ..: memory is read in order. Raises ValueError if bytes are not filled."""
+    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8), in fields of 4, 2 and 1
+    bits: 4 are two to a byte, 6 a field of 4 and one of 2. Byte j of the n of a field holds codes
+    j, j + n, j + 2n ..: memory is read in order. Raises ValueError if bytes are not filled."""
     if GRIDS[s.grid].bits > 7:
         return c
     fields = []
     for width in (w for w in (4, 2, 1) if GRIDS[s.grid].bits & w):
         n = 8 // width
         if c.shape[-1] % n:
-            raise ValueError(f'{s.grid} packs {n} codes to a byte, which do not divide a last axis '
-                             f'of {c.shape[-1]}; choose another grid or size')
+            raise ValueError(f'{n} codes of {s.grid} to a byte do not divide a last axis of '
+                             f'{c.shape[-1]}; choose another grid or size')
         digits = (c & (2 ** width - 1)).unflatten(-1, (n, -1)).unbind(-2)
         fields.append(sum(digit << (width * i) for i, digit in enumerate(digits)))
         c = c >> width
@@ -381,16 +368,15 @@ def unpack(codes, s):
 #
 # Codes can be multiplied in place of what they stand for if no scale changes along the sum:
 # sum_k (s_i a_ik) (t_j b_jk) = s_i t_j sum_k a_ik b_jk. In y that is so, with one scale for each
-# token of x and one for each output of w: W8A8, an int8 matmul. In dx the sum goes over outputs, in
-# dw over tokens, across the scales. So the backward multiplies floats (ste, full), or g takes the
+# token of x and each output of w: W8A8, an int8 matmul. In dx the sum goes over outputs, in dw
+# over tokens, across the scales. So the backward multiplies floats (ste, full), or g takes the
 # scales in first (fold), or everything is rounded anew along the sum (requantize).
 
 @dataclass(frozen=True)
 class How:
     """What a Linear quantizes, and how it multiplies; Specs may come as strings. Raises ValueError
-    for a word that is unknown or would do nothing. Of the three meanings of "quantized gradients"
-    in paper 1 and its code, straight-through as in the text is (ste, both), its released code (full,
-    dw), and like SwitchBack, but for its quantized w in dx, is (full, dx)."""
+    for a word that is unknown or would do nothing. What "quantized gradients" are: (ste, both) in
+    paper 1's text, (full, dw) in its code, (full, dx), but for w^, in SwitchBack."""
     weights: Spec | None = None
     activations: Spec | None = None
     gradients: Spec | None = None
@@ -401,10 +387,10 @@ class How:
     def __post_init__(self):
         for name in ('weights', 'activations', 'gradients'):
             object.__setattr__(self, name, spec(getattr(self, name)))
-        for name, good in (('gradients_in', 'both dx dw'), ('backward', ' '.join(BACKWARD)),
-                           ('compute', 'float codes')):
-            if getattr(self, name) not in good.split():
-                raise ValueError(f"{name} = '{getattr(self, name)}': use one of {good}")
+        for name, good in (('gradients_in', ('both', 'dx', 'dw')), ('backward', BACKWARD),
+                           ('compute', ('float', 'codes'))):
+            if getattr(self, name) not in good:
+                raise ValueError(f"{name} = '{getattr(self, name)}': use {', '.join(good)}")
         rounds_g = self.gradients_in != 'both' or self.backward in ('fold', 'requantize')
         if rounds_g and not self.gradients:
             raise ValueError(f"gradients_in = '{self.gradients_in}', backward = '{self.backward}' "
@@ -417,33 +403,29 @@ def together(a, b):
     one = all(s and s.group in ('row', 'tensor') and (s.map, s.sign) == ('linear', 'symmetric')
               and GRIDS[s.grid].low < 0 and s.grid not in ('fp4', 'bf16') for s in (a, b))
     return one and a.rotation == b.rotation and {a.grid, b.grid} != {'fp8e5'} \
-        and len(GRIDS[a.grid].float) == len(GRIDS[b.grid].float)
+        and bool(GRIDS[a.grid].float) == bool(GRIDS[b.grid].float)
 
 
 def matmul(a, b, codes, dtype, bias=None):
-    """y = a^ b^T (+ bias), (M, N), of QTensors a (M, K) and b (N, K), in dtype.
-
-    y = (s_a a) (s_b b)^T      dequantized, then multiplied in dtype
-    y = s_a s_b (a b^T)        `codes`, where one can: integers exactly, as int32, fp8 by the fp8
-                               units, which round y to bfloat16; reads a byte an element"""
-    if all(q.spec and q.spec.rotation for q in (a, b)):             # (a H)(b H)^T = a b^T
+    """y = (s_a a) (s_b b)^T (+ bias), (M, N), of QTensors a (M, K) and b (N, K), in dtype; with
+    `codes`, where one can, y = s_a s_b (a b^T), which reads a byte an element: integers exactly,
+    as int32, fp8 by the fp8 units, which round y to bfloat16."""
+    if all(q.spec and q.spec.rotation for q in (a, b)):
+        # nothing is to undo: (a H)(b H)^T = a b^T
         a, b = (q._replace(spec=replace(q.spec, rotation='')) for q in (a, b))
     if codes and together(a.spec, b.spec):
-        s_a, s_b, p, q = per_row(a), per_row(b).T, codes_of(a), codes_of(b)     # (M, 1), (1, N)
+        # the scale of each row, (M, 1) and (N, 1), where all share one too
+        s_a, s_b = (q.scale.expand(q.codes.shape[0], 1).contiguous() for q in (a, b))
+        p, q = codes_of(a), codes_of(b)
         # on a GPU the units want both along K, more than 16 rows, and multiples of 16
         if not p.is_cuda or len(p) > 16 and p.shape[1] % 16 == len(q) % 16 == 0:
             p, q = p.contiguous(), q.contiguous()
             if GRIDS[a.spec.grid].float:
-                y = torch._scaled_mm(p, q.T, s_a, s_b, out_dtype=torch.bfloat16)
+                y = torch._scaled_mm(p, q.T, s_a, s_b.T, out_dtype=torch.bfloat16)
             else:
-                y = int_matmul(p, q) * s_a * s_b
+                y = int_matmul(p, q) * s_a * s_b.T
             return y.to(dtype) if bias is None else (y + bias).to(dtype)
     return F.linear(dequantize(a, dtype), dequantize(b, dtype), bias)
-
-
-def per_row(q):
-    """The scale of each row, (rows, 1), where one is shared by all of them too."""
-    return q.scale.expand(q.codes.shape[0], 1).contiguous()
 
 
 def codes_of(q):
@@ -464,43 +446,36 @@ def int_matmul(a, b):
     return sum(torch._int_mm(p, q.T).float() for p, q in parts)
 
 
-# one matmul of the backward: g q of g (N, out) and w^ (out, in), which is dx, or, if `transposed`,
-# g^T q of x^ (N, in), which is dw
+# one matmul of the backward: g (M, K) times q (K, N). It is dx with w^, and dw with g^T and x^
 
-def plain(g, q, how, key, transposed):
-    """dx = g w^, dw = g^T x^: the gradient in full precision."""
-    return (g.T if transposed else g) @ dequantize(q, g.dtype)
-
-
-def straight_through(g, q, how, key, transposed):
+def straight_through(g, q, how=None, key=None):
     """dx = g^ w^, dw = (g^)^T x^: rounding has no gradient, and is taken for the identity (Bengio
     et al., arXiv 1308.3432). With backward = 'full' x and w come as they were before it."""
-    return plain(fake_quant(g, how.gradients, key), q, how, key, transposed)
+    return g @ dequantize(q, g.dtype)
 
 
-def fold(g, q, how, key, transposed):
+def fold(g, q, how, key):
     """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): on the codes of the forward, whose scales
     change along the sum, so g takes them in. Costs accuracy in dw where some tokens of x are far
     larger than others. Raises ValueError where there are no such codes."""
     if not together(q.spec, how.gradients) or how.gradients.group != 'row' or q.spec.rotation:
-        raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), activations "
-                         'and gradients symmetric integers, or fp8, not rotated, with one scale '
-                         'per row (or tensor, but not gradients)')
-    dtype, s = g.dtype, per_row(q)                                  # s (out, 1) or (N, 1)
-    g = quantize((g.T if transposed else g) * s.T, how.gradients, key)
+        raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), "
+                         'activations and gradients symmetric integers, or fp8, not rotated, '
+                         'with one scale per row (or tensor, but not gradients)')
     # the codes alone, as a tensor whose one scale is 1
     grid = q.spec.grid if GRIDS[q.spec.grid].float else 'int8'
-    q = QTensor(codes_of(q).T, s.new_ones(1, 1), spec=Spec(grid, 'row'))
-    return matmul(g, q, how.compute == 'codes', dtype)
+    codes = QTensor(codes_of(q).T, q.scale.new_ones(1, 1), spec=Spec(grid, 'row'))
+    folded = quantize(g * q.scale.T, how.gradients, key)                # s (K, 1) or (1, 1)
+    return matmul(folded, codes, how.compute == 'codes', g.dtype)
 
 
-def requantize(g, q, how, key, transposed):
-    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum, in any
-    format. x^ and w^ are rounded to nearest, and to e4m3 where g is e5m2."""
-    dtype, s = g.dtype, how.gradients
+def requantize(g, q, how, key):
+    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum, in
+    any format. x^ and w^ are rounded to nearest, and to e4m3 where g is e5m2."""
+    s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
-    g = quantize(g.T if transposed else g, s, key)
-    return matmul(g, quantize(dequantize(q).T, other), how.compute == 'codes', dtype)
+    rounded = quantize(g, s, key), quantize(dequantize(q).T, other)
+    return matmul(*rounded, how.compute == 'codes', g.dtype)
 
 
 BACKWARD = {'ste': straight_through, 'full': straight_through, 'fold': fold,
@@ -523,19 +498,19 @@ def operands(x, w, how, key):
 
 def matmul_backward(g, x, w, how, key):
     """dx (N, in) and dw (out, in) of QTensors x and w, as saved, and g = dL/dy (N, out)."""
-    method = BACKWARD[how.backward]
-    dx = (plain if how.gradients_in == 'dw' else method)(g, w, how, stream(key, 2), False)
-    # straight through, both see one g^; else each rounds a g of its own, with noise of its own
-    noise = stream(key, 2 if method is straight_through else 3)
-    return dx, (plain if how.gradients_in == 'dx' else method)(g, x, how, noise, True)
+    method, where, g_hat = BACKWARD[how.backward], how.gradients_in, g
+    if method is straight_through:
+        # both see one g^; else each rounds a g of its own, with noise of its own
+        g_hat = fake_quant(g, how.gradients, stream(key, 2))
+    dx = method(g_hat, w, how, stream(key, 2)) if where != 'dw' else straight_through(g, w)
+    dw = method(g_hat.T, x, how, stream(key, 3)) if where != 'dx' else straight_through(g.T, x)
+    return dx, dw
 
 
 class Matmul(torch.autograd.Function):
     """y = x^ (w^)^T + b,  dx = g^ w^,  dw = (g^)^T x^,  db = sum g,  of x (N, in), w (out, in) and
-    g (N, out).
-
-    w is the weight as it is stored: the float tensor `weight`, or codes and scale; then `weight` is
-    only where its gradient goes. What waits for the backward is codes, a byte where x has four."""
+    g (N, out). `weight` is w, or, beside codes and scale, only where its gradient goes. What waits
+    for the backward is codes, a byte where x has four."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, key, how, stored, codes, scale):
@@ -552,7 +527,7 @@ class Matmul(torch.autograd.Function):
         key, *saved = ctx.saved_tensors
         x, w = (QTensor(*saved[i:i + 4], s) for i, s in zip((0, 4), ctx.specs))
         dx, dw = matmul_backward(g, x, w, ctx.how, key)
-        return dx, dw, g.sum(0) if ctx.bias else None, None, None, None, None, None
+        return dx, dw, g.sum(0) if ctx.bias else None, *[None] * 5
 
 
 # ------------------------------------------------------------------------------------------------
@@ -579,21 +554,22 @@ class Linear(nn.Module):
 
     def stored_weight(self):
         """The weight as it is stored, a QTensor: codes and scale, or the parameter itself."""
-        return QTensor(self.codes, self.scale, spec=self.stored) if self.stored else \
-            QTensor(self.weight.data)
+        if self.stored:
+            return QTensor(self.codes, self.scale, spec=self.stored)
+        return QTensor(self.weight.data)
 
     @torch.no_grad()
     def store_(self, how, q=None):
-        """Keep only codes: q = clip(round(w / s), Qn, Qp), or the QTensor that is given. s comes
-        from w as it is now, and from then on is fixed or learned, but not computed again: absmean
-        of a ternary w would shrink. Raises ValueError for a grid that weights cannot have."""
+        """Keep only codes: q = clip(round(w / s), Qn, Qp), or the QTensor that is given. From then
+        on s is fixed or learned, but not found again: absmean of a ternary w would shrink. Raises
+        ValueError for a grid that weights cannot have."""
         s = spec(how)
         if s is None:
             return
         if GRIDS[s.grid].low >= 0 or s.format or s.rotation or \
                 (s.sign, s.map) != ('symmetric', 'linear'):
-            raise ValueError(f"stored = '{how}': a stored weight takes a symmetric, signed, linear "
-                             'grid with float32 scales, not rotated')
+            raise ValueError(f"stored = '{how}': a stored weight takes a symmetric, signed, "
+                             'linear grid with float32 scales, not rotated')
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
@@ -609,8 +585,8 @@ class Linear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.stored:
-            del destination[prefix + 'weight']      # four bytes of zero, not a weight
+        if self.stored:     # the ghost is not part of a checkpoint
+            del destination[prefix + 'weight']
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
@@ -625,9 +601,9 @@ def linears(model):
 
 
 class KVCache:
-    """The keys and values of one layer during generation, stored quantized. A token is quantized
-    once, when it arrives, so its scales must be its own: row, one for each head and token, or
-    blocks within the head. Raises ValueError otherwise."""
+    """The keys and values of one layer during generation, stored quantized: each token once, when
+    it arrives, by scales of its own, of a row (one for each head and token) or of blocks within
+    the head. Raises ValueError for others."""
 
     def __init__(self, how):
         s = self.how = spec(how)
@@ -644,10 +620,11 @@ class KVCache:
     def append(self, k, v):
         """Store k, v (B, nh, T, hs) of new tokens; return all so far, dequantized."""
         new = quantize(torch.stack((k, v)), self.how)
-        pairs = zip(self.kv[:3], new[:3]) if self.kv else ()
-        grown = [None if b is None else torch.cat((a, b), 3) for a, b in pairs]
-        self.kv = QTensor(*grown, spec=new.spec) if grown else new
-        return dequantize(self.kv, k.dtype).unbind()
+        if self.kv:
+            new = QTensor(*(t if t is None else torch.cat((kept, t), 3)
+                            for kept, t in zip(self.kv[:4], new)), new.spec)
+        self.kv = new
+        return dequantize(new, k.dtype).unbind()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -660,12 +637,12 @@ class KVCache:
 #     direct_step    q <- clip(SR(q - lr Qp r~), Qn, Qp)      the same on codes, w = s q
 #     muon_step      w <- (1 - decay) w - lr U V^T            U S V^T = m: for matrices of floats
 #
-# In float32 Q is the identity, and the first line is AdamW. Where Q rounds to a few bits by chance,
-# no float copy of w is left anywhere: direct training (paper 2). The second line is that in units of
-# the codes, so that a rate says how many codes move, whatever their scale. The steps read m and v as
-# they are stored, compute in float32, and write in place; torch.compile fuses each of them.
+# In float32 Q is the identity, and the first line is AdamW. Where Q rounds to a few bits by
+# chance, no float copy of w is left: direct training (paper 2). The second line is that in units
+# of the codes, so that a rate says how many codes move, whatever their scale. The steps read m and
+# v as they are stored, compute in float32, and write in place; torch.compile fuses each of them.
 
-# the numbers of a step, 0-d tensors, so that compiled code serves them all. lr is in decay already;
+# the numbers of a step, 0-d tensors, so that compiled code serves them all. lr is in decay;
 # bias = 1 - prod beta, so that mhat = m / bias1; the gradient counts `clip` times
 Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps tau clip')
 
@@ -731,9 +708,9 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
 
 
 def muon_step(w, g, m, h, key):
-    """w <- (1 - decay) w - lr .2 sqrt(max(out, in)) U V^T, where U S V^T = beta1 m + (1 - beta1) g,
-    m with this g in it: all singular values become about 1, by five Newton-Schulz steps (Jordan et
-    al., Muon, 2024). The factor gives updates the size of AdamW's (Liu et al., arXiv 2502.16982)."""
+    """w <- (1 - decay) w - lr .2 sqrt(max(out, in)) U V^T, where U S V^T = beta1 m + (1 - beta1) g
+    with the new m: all singular values become about 1, by five Newton-Schulz steps (Jordan et al.,
+    Muon, 2024). The factor gives updates the size of AdamW's (Liu et al., arXiv 2502.16982)."""
     h = Rates(*h.unbind())
     g = h.clip * g.float()
     m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g
@@ -757,64 +734,60 @@ def put(old, new):
 
 
 class Optimizer:
-    """Steps every parameter of a model as the config (of train.py) says: direct_step the codes of a
-    Linear if code_lr > 0, muon_step the float weights of Linears if optimizer = 'muon', adamw_step
-    all others. Only weights of Linears take the Specs, threshold and ramp. The state of a parameter
-    is kept by its name; the weight is asked for at every step, so the model stays free to load,
-    cast or replace it.
-
-        step(schedule)     after a backward; `schedule` in [0, 1] is the share of all rates
-        begin(schedule)    or: begin, then apply(name) for every parameter, whose gradient can be
-        apply(name)        freed at once"""
+    """Steps every parameter of a model as the config (of train.py) says: direct_step the codes of
+    a Linear if code_lr > 0, muon_step its float weight if optimizer = 'muon', adamw_step all else.
+    Only weights of Linears take the Specs, threshold and ramp. The weight is asked for by its name
+    at every step, so the model stays free to load, cast or replace it."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t = model, config, 0
         self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # beta1s: prod beta1
         compile = torch.compile if compiled else lambda f: f
         self.adamw, self.direct, self.muon = map(compile, (adamw_step, direct_step, muon_step))
-        self.look()
-        self.state = {name: self.zeros(name) for name in self.parameters}
+        self.weights, self.state = self.look(), {}
+        for name, (kind, p, w) in self.weights.items():
+            how = ('', '') if kind in ('matrix', 'vector') else (config.adam_m, config.adam_v)
+            m, v = (quantize(torch.zeros(p.shape, device=p.device), s) for s in how)
+            # muon has no v; a scale that learns has moments of its own, those of log s
+            log_s = [QTensor(torch.zeros_like(w.scale)) for _ in 'mv'] if kind == 'direct' else []
+            self.state[name] = [m] if kind == 'muon' else [m, v, *log_s]
 
     def look(self):
-        """Find what the model holds now."""
-        self.parameters, self.layers = dict(self.model.named_parameters()), linears(self.model)
-
-    def find(self, name):
-        """(kind, parameter, weight as it is stored) of a name."""
-        p, layer = self.parameters[name], self.layers.get(name)
-        if layer is None:           # embeddings and the head; norms and biases
-            return 'matrix' if p.dim() > 1 else 'vector', p, QTensor(p.data)
-        w = layer.stored_weight()
-        if w.scale is not None and self.config.code_lr > 0:
-            return 'direct', p, w
-        return 'muon' if self.config.optimizer == 'muon' and not w.spec else 'linear', p, w
-
-    def zeros(self, name):
-        """m and v at the start, and of scales that learn theirs: QTensors."""
-        kind, p, w = self.find(name)
-        how = ('', '') if kind in ('matrix', 'vector') else (self.config.adam_m, self.config.adam_v)
-        state = [quantize(torch.zeros(p.shape, device=p.device), s) for s in how]
-        learned = [QTensor(torch.zeros_like(w.scale)) for _ in 'mv'] if kind == 'direct' else []
-        return state[:1] if kind == 'muon' else state + learned
+        """{name: (kind, parameter, weight as it is stored)}, of what the model holds now."""
+        weights, layers, c = {}, linears(self.model), self.config
+        for name, p in self.model.named_parameters():
+            if name in layers:
+                w = layers[name].stored_weight()
+                kind = 'muon' if c.optimizer == 'muon' and not w.spec else 'linear'
+                kind = 'direct' if c.code_lr > 0 and w.scale is not None else kind
+            else:               # embeddings and the head; norms and biases
+                w, kind = QTensor(p.data), 'matrix' if p.dim() > 1 else 'vector'
+            weights[name] = kind, p, w
+        return weights
 
     def step(self, schedule=1.0, clip=1.0):
-        """One step from the .grad of all parameters, which count `clip` times."""
+        """One step from the .grad of all parameters, which count `clip` times; `schedule`, in
+        [0, 1], is the share of all rates. Or: begin, then apply(name) for every parameter, whose
+        gradient can be freed at once."""
         self.begin(schedule, clip)
-        for name, p in self.parameters.items():
+        for name, (_, p, _) in self.weights.items():
             if p.grad is not None:
                 self.apply(name)
 
     def begin(self, schedule=1.0, clip=1.0):
-        """The numbers of the next step, which go to the device as one tensor."""
-        self.look()
-        c, self.t, self.moved = self.config, self.t + 1, {}
+        """The numbers of the next step, Rates of each kind and a key for each parameter; they go
+        to the device as one tensor."""
+        self.weights, self.moved = self.look(), {}
+        c, self.t = self.config, self.t + 1
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / c.ramp)) if c.ramp else c.beta1
         self.beta1s *= beta1
         # of white gradients of variance v, m = sum w_i g_i has variance v sum w_i^2 = v `noise`
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
         bias1, bias2 = 1 - self.beta1s, 1 - c.beta2 ** self.t
+        # (beta1, bias1, tau), of weights of Linears and of all else
         ramped = beta1, bias1, c.threshold * math.sqrt(self.noise) / bias1
-        usual, others = (c.beta1, 1 - c.beta1 ** self.t, 0.0), c.embedding_lr or c.learning_rate
+        usual = c.beta1, 1 - c.beta1 ** self.t, 0.0
+        others = c.embedding_lr or c.learning_rate
         kinds = {'direct': (c.code_lr, 0.0, ramped), 'scale': (c.scale_lr, 0.0, usual),
                  'muon': (c.learning_rate, c.weight_decay, ramped),
                  'linear': (c.learning_rate, c.weight_decay, ramped),
@@ -822,30 +795,29 @@ class Optimizer:
         rates = [Rates(schedule * lr, schedule * lr * decay, beta1, c.beta2, bias1, bias2, c.eps,
                        tau, clip) for lr, decay, (beta1, bias1, tau) in kinds.values()]
         keys = [noise_key(c.seed, self.t, i) for i in range(len(self.state))]
-        numbers = np.concatenate((np.float32(rates).view(np.int32).ravel(), np.int32(keys)))
-        device = next(iter(self.parameters.values())).device
-        rates, keys = torch.from_numpy(numbers).to(device).split([9 * len(kinds), len(keys)])
-        self.rates = dict(zip(kinds, rates.view(torch.float32).view(-1, 9)))
-        self.keys = dict(zip(self.state, keys))
+        numbers = torch.cat((torch.tensor(rates).flatten().view(torch.int32),
+                             torch.tensor(keys, dtype=torch.int32)))
+        numbers = numbers.to(next(self.model.parameters()).device)
+        rates = numbers[:-len(keys)].view(torch.float32).view(len(kinds), -1)
+        self.rates = dict(zip(kinds, rates))
+        self.keys = dict(zip(self.state, numbers[-len(keys):]))
 
     @torch.no_grad()
     def apply(self, name):
         """Update one parameter by its .grad."""
-        (kind, p, w), state, key = self.find(name), self.state[name], self.keys[name]
+        (kind, p, w), state, key = self.weights[name], self.state[name], self.keys[name]
         if kind == 'direct':
             m, v, *log_s = state
             self.moved[name] = self.direct(w, p.grad, m, v, [q.codes for q in log_s],
                                            self.rates[kind], self.rates['scale'], key)
-        elif kind == 'muon':
-            self.muon(w, p.grad, *state, self.rates[kind], key)
         else:
-            self.moved[name] = self.adamw(w, p.grad, *state, self.rates[kind], key)
+            step = self.muon if kind == 'muon' else self.adamw
+            self.moved[name] = step(w, p.grad, *state, self.rates[kind], key)
 
     def flips(self):
         """Share of the stored codes that the last step changed."""
-        moved = [(n, self.parameters[k].numel()) for k, n in self.moved.items()
-                 if n is not None]
-        return sum(int(n) for n, _ in moved) / max(1, sum(size for _, size in moved))
+        moved = {name: int(n) for name, n in self.moved.items() if n is not None}
+        return sum(moved.values()) / max(1, sum(self.weights[name][1].numel() for name in moved))
 
     def tensors(self):
         """{name: [every tensor of its state]}"""
@@ -858,13 +830,14 @@ class Optimizer:
 
     def load_state_dict(self, state):
         """Copy a state in. Raises ValueError if it is of another model or stored otherwise."""
-        pairs = [[(name, t) for name, ts in tensors.items() for t in ts]
-                 for tensors in (self.tensors(), state['state'])]
-        if len({str([(name, t.shape, t.dtype) for name, t in side]) for side in pairs}) > 1:
+        mine, saved = ([(name, t) for name, ts in tensors.items() for t in ts]
+                       for tensors in (self.tensors(), state['state']))
+        kinds = [[(name, t.shape, t.dtype) for name, t in ts] for ts in (mine, saved)]
+        if kinds[0] != kinds[1]:
             raise ValueError('the optimizer state is of another model, or stored in another way: '
                              'use the same optimizer, adam_m, adam_v and stored')
-        for (_, mine), (_, saved) in zip(*pairs):
-            mine.copy_(saved)
+        for (_, t), (_, kept) in zip(mine, saved):
+            t.copy_(kept)
         self.t, self.beta1s, self.noise = state['t'], state['beta1s'], state['noise']
 
 
@@ -872,7 +845,7 @@ class Optimizer:
 # post-training quantization
 
 def rtn_(model, how):
-    """Round to nearest: q = clip(round(w / s), Qn, Qp) for every block linear, which from then on
+    """q = clip(round(w / s), Qn, Qp), round to nearest, for every block linear, which from then on
     holds those codes and nothing else. The nearest point of the grid, whatever the data."""
     for layer in linears(model).values():
         layer.store_(how)
@@ -886,17 +859,16 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     for columns i = 1 .. in: what rounding a column does to the output, those after it make up for.
     H = 2 mean x x^T over the inputs x of the layer, (in, in) float32, U the upper Cholesky factor,
     U^T U = (H + damping mean(diag H) 1)^-1, and s that of rounding W to nearest; act_order goes by
-    descending H_ii (Frantar et al., GPTQ, arXiv 2210.17323; there weights of a channel without data
-    become 0, here they are rounded). Raises ValueError where H is not positive definite."""
+    descending H_ii (Frantar et al., GPTQ, arXiv 2210.17323; there weights of a channel without
+    data become 0, here they are rounded). Raises ValueError where H is not positive definite."""
     s, n = replace(spec(how), rounding='nearest'), W.shape[1]
     grid = quantize(W, s)
     scale = grid.scale.expand_as(grouped(W, s)).reshape(W.shape)        # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
     damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
-    order = torch.arange(n, device=W.device)
-    if act_order:
-        order = H.diagonal().argsort(descending=True, stable=True)
+    # by descending H_ii, or as they come: of zeros a stable sort changes nothing
+    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)
     W, H, scale = W.float()[:, order], H[order][:, order], scale[:, order]
     # the upper factor of the inverse, from the lower one of H with its axes backwards
     L, bad = torch.linalg.cholesky_ex(H.flip(0, 1))
@@ -919,43 +891,38 @@ def gptq(W, H, how, damping=0.01, act_order=False):
 
 @torch.no_grad()
 def hessian(layer, run):
-    """H = 2 mean x x^T, (in, in) float32, of a Linear, over the tokens that go through it in run(),
-    x as it is multiplied: quantized, where the layer quantizes it."""
-    H, count = layer.weight.new_zeros(2 * layer.weight.shape[1:]), [0]
+    """H = 2 mean x x^T, (in, in) float32, of a Linear, over the tokens that go through it in
+    run(), x as it is multiplied: quantized, where the layer quantizes it."""
+    H, counts = layer.weight.new_zeros(2 * layer.weight.shape[1:]), []
 
     def look(layer, args):
         x = fake_quant(args[0].flatten(0, -2).float(), layer.how.activations)   # (N, in)
         H.addmm_(x.T, x, alpha=2)
-        count[0] += len(x)
+        counts.append(len(x))
 
-    hook = layer.register_forward_pre_hook(look)
-    try:
+    with layer.register_forward_pre_hook(look):
         run()
-    finally:
-        hook.remove()
-    return H / max(1, count[0])
+    return H / max(1, sum(counts))
 
 
 @torch.no_grad()
 def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
     """GPTQ of all block linears, in the order in which they run, on the tokens of `batches`, a
-    list of (B, T): the inputs of each have gone through those before it, quantized. Afterwards its
-    codes are the weights, as after `rtn_`; `progress` is called on the list of blocks. Raises
-    ValueError without data, for a weight that is quantized already, and as gptq does."""
+    list of (B, T): the inputs of each have gone through those before it, quantized. `progress` is
+    called on the list of blocks. Raises ValueError without data, for weights that are quantized
+    already, and as gptq does."""
     if not batches or spec(how).grid == 'bf16':
         raise ValueError('GPTQ needs data, give it sequences, and a grid with scales, not bf16')
+    for name, layer in linears(model).items():
+        if layer.stored or layer.how.weights:
+            raise ValueError(f'{name} is quantized already; GPTQ needs it in full precision')
     mode = model.training
     model.eval()
     inputs = [model.embed(idx) for idx in batches]                  # of the block, [(x, angles)]
     for block in progress(model.h):
-        for name, layer in linears(block).items():
-            if layer.stored or layer.how.weights:
-                raise ValueError(f'{name} is quantized already; GPTQ needs it in full precision')
+        for layer in linears(block).values():
             H = hessian(layer, lambda: [block(x, angles, None) for x, angles in inputs])
-            try:
-                layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
-            except ValueError as e:
-                raise ValueError(f'{name}: {e}') from None
+            layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
         inputs = [(block(x, angles, None), angles) for x, angles in inputs]
     model.train(mode)
 
@@ -972,24 +939,23 @@ def bytes_held(model, optimizer=None):
         storages = (t.untyped_storage() for t in tensors if t is not None)
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
-    def of(names, weights):
-        grads = (p.grad for name, p in model.named_parameters() if name in names)
-        return {'weights': size(weights), 'gradients': size(grads),
-                'optimizer': size(t for name in names for t in states.get(name, ()))}
+    def of(weights, parameters):
+        return {'weights': size(weights), 'gradients': size(p.grad for p in parameters.values()),
+                'optimizer': size(t for name in parameters for t in states.get(name, ()))}
 
-    linear = of(layers, [t for m in layers.values() for t in m.stored_weight()[:2]])
+    whole = of([*model.parameters(), *model.buffers()], dict(model.named_parameters()))
+    linear = of([t for m in layers.values() for t in m.stored_weight()[:2]],
+                {name: m.weight for name, m in layers.items()})
     count = sum(m.weight.numel() for m in layers.values())
-    whole = of(dict(model.named_parameters()), [*model.parameters(), *model.buffers()])
-    return {**whole, 'linear': {k: n / count for k, n in linear.items()}}
+    return {**whole, 'linear': {kind: n / count for kind, n in linear.items()}}
 
 
 def level_shares(model):
     """{level: share of the codes} of weights that are stored below 8 bits; {} without any."""
-    low = [w for w in (m.stored_weight() for m in linears(model).values())
-           if w.spec and GRIDS[w.spec.grid].bits < 8]
-    found = torch.cat([levels(w).flatten() for w in low]) if low else torch.empty(0)
-    return {f'{level:g}': n / found.numel()
-            for level, n in zip(*(t.tolist() for t in found.unique(return_counts=True)))}
+    stored = [m.stored_weight() for m in linears(model).values() if m.stored]
+    low = [levels(w).flatten() for w in stored if GRIDS[w.spec.grid].bits < 8]
+    found, n = torch.cat(low or [torch.empty(0)]).unique(return_counts=True)
+    return {f'{level:g}': k / int(n.sum()) for level, k in zip(found.tolist(), n.tolist())}
 
 
 def damage(x, how):
@@ -999,7 +965,7 @@ def damage(x, how):
     q = quantize(x, s)
     x_hat, clipped = dequantize(q), 0.0
     noise = (x - x_hat).square().sum()
-    if q.zero is None and q.scale is not None:
+    if s.top and q.scale is not None and q.zero is None:
         y = grouped(x, s) / q.scale.float() / (1 if q.outer is None else q.outer) / (1 + 1e-5)
         clipped = ((y < MAPS[s.map].level(GRIDS[s.grid].low)) | (y > s.top)).float().mean().item()
     return {'snr_db': 10 * math.log10(x.square().sum() / noise) if noise > 0 else None,
@@ -1008,11 +974,12 @@ def damage(x, how):
 
 @torch.no_grad()
 def health(model, *inputs):
-    """Of each Linear that quantizes, on one batch: what its Specs do to weight and input, and how
-    the codes of a stored weight share the levels: {layer: {'weights', 'activations', 'levels'}}."""
-    report, hooks = {}, []
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear) and (layer.stored or layer.how != How()):
+    """{layer: {'weights', 'activations', 'levels'}} of each Linear that quantizes, on one batch:
+    what its Specs do to weight and input, and how codes of a stored weight share the levels."""
+    report = {}
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        for name, layer in model.named_modules():
             def look(layer, args, name=name):
                 report[name] = {'levels': level_shares(layer)}
                 for key, x in (('weights', dequantize(layer.stored_weight())),
@@ -1020,12 +987,7 @@ def health(model, *inputs):
                     if getattr(layer.how, key):
                         report[name][key] = damage(x, getattr(layer.how, key))
 
-            hooks.append(layer.register_forward_pre_hook(look))
-    mode = model.training
-    try:
+            if isinstance(layer, Linear) and (layer.stored or layer.how != How()):
+                stack.enter_context(layer.register_forward_pre_hook(look))
         model.eval()(*inputs)
-    finally:
-        model.train(mode)
-        for hook in hooks:
-            hook.remove()
     return report

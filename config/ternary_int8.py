@@ -1,4 +1,4 @@
-# ternary weights on an int8 master: the optimizer moves 8-bit codes, there is no float copy
+# ternary weights in the forward, int8 codes between steps: there is no float copy
 weights = 'ternary/row/absmean'
 stored = 'int8/row/stochastic'
 activations = 'int8/row'

@@ -181,11 +181,9 @@ def our_step(args, vocab=4096):
         model.compile()
     optimizer, (x, y), t = Optimizer(model, c, compiled), batch(c, vocab), 0
 
-    def clip(norm):
-        return (c.grad_clip / (norm + 1e-6)).clamp(max=1)
-
     def use(name, p):
-        optimizer.apply(name, clip(torch.linalg.vector_norm(p.grad)))
+        p.grad.mul_((c.grad_clip / (torch.linalg.vector_norm(p.grad) + 1e-6)).clamp(max=1))
+        optimizer.apply(name)
         p.grad = None
 
     for name, p in model.named_parameters() if c.update_in_backward else ():
@@ -201,7 +199,8 @@ def our_step(args, vocab=4096):
         else:
             model.zero_grad()
             model(x, y).backward()
-            optimizer.step(1 / t, clip(get_total_norm([p.grad for p in model.parameters()])))
+            norm = get_total_norm([p.grad for p in model.parameters()]).item()
+            optimizer.step(1 / t, min(1.0, c.grad_clip / (norm + 1e-6)))
 
     step.model, step.optimizer = model, optimizer
     return step

@@ -6,8 +6,8 @@ Random configurations, each of which train.py must refuse in one line or carry t
 Values are drawn for all keys that choose what is quantized and how, and Specs for all tensors;
 what train.py refuses is left out again. What is accepted must train four steps, go on after Ctrl-C
 to the same checkpoint, bit for bit, evaluate from it to the same loss, sample, and, stored in full
-precision, be quantized after training. Prints counts, and for each failure the command line that
-reproduces it; the exit code is then 1. A loss that becomes nan or infinite is no failure.
+precision, be quantized after training. Prints counts, and for each failure the commands that
+reproduce it; the exit code is then 1. A loss that becomes nan or infinite is no failure.
 """
 import argparse
 import contextlib
@@ -33,13 +33,16 @@ from data.corpus import prepare
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
-FIXED = ['--n_layer=2', '--hidden=64', '--block_size=32', '--max_iters=4', '--warmup_iters=2',
-         '--eval_interval=100', '--eval_tokens=128', '--final_tokens=256', '--log_interval=1',
-         '--sample_tokens=3', '--device=cpu', '--compile=no']
+FIXED = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--hidden=64', '--block_size=32',
+         '--batch_size=2', '--max_iters=4', '--warmup_iters=2', '--eval_interval=100',
+         '--eval_tokens=32', '--final_tokens=96', '--log_interval=1']
+OWN = ['--sample_tokens=3', '--device=cpu', '--compile=no']    # what a checkpoint does not hand on
 SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
+USUAL = ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean/stochastic', 'fp8/row', 'int4/32',
+         'int8/32/sqrt', 'uint8/32/root4', 'rank1', 'bf16/stochastic', 'nvfp4', 'mxfp8', '')
 KEYS = {
-    'flavour': ('gpt2', 'llama'), 'n_embd': (32, 64), 'n_head': (2, 4), 'n_kv_head': (0, 1, 2, 3),
-    'tied': (True, False), 'bias': (True, False), 'quantize_head': (True, False),
+    'flavour': ('gpt2', 'llama'), 'n_embd': (32, 64), 'n_head': (2, 4), 'n_kv_head': (0, 1, 2),
+    'tied': (True, False), 'bias': (False, True), 'quantize_head': (True, False),
     'dropout': (0.0, 0.2), 'init_gain': (0.0, 0.7), 'batch_size': (2, 3), 'grad_accum': (1, 2),
     'sequences': (0, 20), 'sample_tokens': (0, 40), 'dtype': ('float32', 'bfloat16'),
     'backward': ('ste', 'full', 'fold', 'requantize'), 'gradients_in': ('both', 'dx', 'dw'),
@@ -48,28 +51,16 @@ KEYS = {
     'beta2': (0.95, 0.999), 'grad_clip': (0.0, 1.0), 'update_in_backward': (True, False),
     'code_lr': (0.0, 0.1, 0.8), 'scale_lr': (0.0, 0.01), 'threshold': (0.0, 2.0),
     'ramp': (0.0, 20.0)}
-USUAL = 'int8/row', 'int8/row/stochastic', 'ternary/row/absmean/stochastic', 'fp8/row', 'int4/32'
+STRATEGIES = [path for path in sorted(ROOT.glob('config/*.py')) if path.stem not in
+              ('gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]
 
 
 class Failure(Exception):
-    """train.py did what it must not, and on which command lines."""
+    """train.py did what it must not."""
 
 
-def call(*argv):
-    """train.main: what it printed, or the one line by which it refused, from 'error: ' on."""
-    out = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            train.main(list(argv))
-    except SystemExit as e:
-        says = 'stopped' if e.code == 130 else e.code
-        if says != 'stopped' and not re.fullmatch('error: .*', str(says)):
-            raise Failure(f'not one line: {says!r}') from None
-        return says
-    except Exception as e:
-        raise Failure(f'{type(e).__name__}: {e}') from e
-    return out.getvalue()
-
+# ------------------------------------------------------------------------------------------------
+# drawing a configuration
 
 def draw_spec(rng):
     """A Spec as a string; of what is drawn word by word many contradict themselves."""
@@ -82,13 +73,8 @@ def draw_spec(rng):
     return '/'.join(rng.sample(words, len(words)))
 
 
-def instead(dry_run=lambda config: None):
-    """Within, configurations have another dry run, or none: they had it already, or will."""
-    return mock.patch.object(train, 'dry_run', dry_run)
-
-
 def step(config):
-    """A step of one block: takes a tenth of what a dry run does."""
+    """A step of one block in place of a dry run, which takes ten times as long."""
     try:
         model = GPT(replace(config, n_layer=1), 64)
         quant.rtn_(model, config.stored)
@@ -100,32 +86,51 @@ def step(config):
 
 
 def draw(rng, fixed, counts):
-    """Arguments of which each, with those before it, gets past train.parse; one time in five all but
-    its dry run, so that this too has something to refuse. A refusal must be one line."""
-    argv, dry_run = list(fixed), [step] if rng.random() < 0.8 else []
-    keys = [key for key in (*SPECS, *KEYS) if rng.random() < 0.6]
+    """Arguments of which each, with those before it, gets past train.parse; one time in five past
+    all but its dry run, so that this too has something to refuse."""
+    argv, dry_run = list(fixed), step if rng.random() < 0.8 else None
+    if rng.random() < 0.5:              # by chance hardly anything multiplies codes
+        argv = [str(rng.choice(STRATEGIES)), *argv]
+    keys = [key for key in (*SPECS, *KEYS) if rng.random() < 0.5]
     for key in rng.sample(keys, len(keys)):
         for _ in range(3):
             value = draw_spec(rng) if key in SPECS else rng.choice(KEYS[key])
             trial = [*argv, f'--{key}={value}']
-            try:
-                with instead(*dry_run):
-                    train.parse(trial)
+            if not call(trial, train.parse, dry_run):
                 argv = trial
                 break
-            except SystemExit as e:
-                counts['values refused'] += 1
-                if not re.fullmatch('error: .*', str(e.code)):
-                    raise Failure(f'not one line: {e.code!r}\n{line(trial)}') from None
+            counts['values refused'] += 1
     return argv
+
+
+# ------------------------------------------------------------------------------------------------
+# trying it
+
+def call(argv, run=train.main, dry_run=None):
+    """What a command prints: nothing if it is only parsed; 'stopped'; or, refused, one line that
+    begins with 'error: '. Raises Failure for all else that it may do."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), \
+                mock.patch.object(train, 'dry_run', dry_run or (lambda config: None)):
+            run(list(argv))
+        return out.getvalue()
+    except SystemExit as e:
+        said = 'stopped' if e.code == 130 else str(e.code)
+    except Exception as e:
+        said = f'error: {type(e).__name__}: {e}'
+    # what begins with the name of an exception is a refusal that nobody thought of
+    if said != 'stopped' and not re.fullmatch(r'error: (?!\w+(Error|Exception): ).*', said):
+        raise Failure(f'{said}\n{line(argv)}')
+    return said
 
 
 def line(argv):
     return shlex.join(['python', 'train.py', *argv])
 
 
-def interrupted(*argv):
-    """The same as `call`, with a Ctrl-C that comes in the second step."""
+def interrupted(argv):
+    """train.main with a Ctrl-C that comes in the second step."""
     advance = train.Run.advance
 
     def stop(run):
@@ -134,7 +139,7 @@ def interrupted(*argv):
         return advance(run)
 
     with mock.patch.object(train.Run, 'advance', stop):
-        return call(*argv)
+        train.main(argv)
 
 
 def equal(a, b):
@@ -147,77 +152,68 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def same_loss(before, after):
-    """Failure unless two runs of train.py printed the same last validation loss."""
-    a, b = (re.findall('^val loss .*|^error: .*', text, re.MULTILINE) for text in (before, after))
+def evaluate(ckpt, said):
+    """Failure unless a checkpoint has the loss that was printed when it was written."""
+    argv = [str(ckpt), '--eval_only=True', *OWN]
+    again = call(argv)
+    a, b = (re.findall('^val loss .*|^error: .*', text, re.MULTILINE) for text in (said, again))
     if a != b:
-        raise Failure(f'{b} of a checkpoint, {a} when it was written')
+        raise Failure(f'evaluated {b}, before {a}\n{line(argv)}')
 
 
 def carry_through(argv, folder, rng):
-    """What became of a configuration: 'refused', 'not finite' or 'trained'. Raises Failure."""
+    """What became of a configuration, in words. Raises Failure."""
     whole, half = folder / 'whole', folder / 'half'
-    done, lines = [*argv, f'--out_dir={whole}'], []
-
-    def again(run, *argv):      # the keys had their dry run the first time
-        lines.append(line(argv))
-        with instead():
-            return run(*argv)
-
-    try:
-        lines.append(line(done))
-        said = call(*done)
-        if re.search(' is (nan|inf) ', said):
-            return 'not finite'
-        if said.startswith('error: '):
-            if (whole / 'log.jsonl').exists():      # it had begun: that was known before
-                raise Failure(f'late: {said}')
-            return 'refused'
-        if again(interrupted, *argv, f'--out_dir={half}') != 'stopped':
-            raise Failure('Ctrl-C did not stop it')
-        resumed = again(call, f'--out_dir={half}', '--init_from=resume')
-        if resumed.startswith('error: '):
-            raise Failure(resumed)
-        if not equal(*(torch.load(f / 'ckpt.pt', weights_only=True) for f in (whole, half))):
-            raise Failure('resumed, it is another model')
-        same_loss(said, again(call, f'{whole}/ckpt.pt', '--eval_only=True'))
-        if '--stored=' not in ' '.join(argv) and rng.random() < 0.5:
-            return quantize_after(whole, folder / 'after', rng, again)
-    except Failure as e:
-        raise Failure(f'{e}\n{" && ".join(lines[:1] + lines[1:][-1:])}') from e.__cause__
-    return 'trained'
-
-
-def quantize_after(base, folder, rng, again):
-    """The same of post-training quantization of a checkpoint."""
-    how = rng.choice((['--ptq=rtn'], ['--ptq=gptq', f'--act_order={rng.random() < 0.5}']))
-    said = again(call, f'{base}/ckpt.pt', f'--out_dir={folder}', f'--stored={draw_spec(rng)}',
-                 '--weights=', '--sequences=8', *how)
+    first, resume = [*argv, f'--out_dir={whole}'], [f'--out_dir={half}', '--init_from=resume']
+    said = call(first, dry_run=DRY_RUN)
+    if re.search(' is (nan|inf) ', said):
+        return 'not finite'
     if said.startswith('error: '):
-        return 'trained'
-    same_loss(said, again(call, f'{folder}/ckpt.pt', '--eval_only=True'))
-    return 'trained and quantized after'
+        if (whole / 'log.jsonl').exists():      # it had begun, and could have known before
+            raise Failure(f'late: {said}\n{line(first)}')
+        return 'refused'
+    try:
+        stopped, resumed = call([*argv, f'--out_dir={half}'], interrupted), call(resume)
+        saved = (torch.load(run / 'ckpt.pt', weights_only=True) for run in (whole, half))
+        if stopped != 'stopped' or resumed.startswith('error: ') or not equal(*saved):
+            raise Failure(f'{stopped} after two steps and resumed, it is not the same: '
+                          f'{resumed.splitlines()[-1]}\n{line(resume)}')
+        evaluate(whole / 'ckpt.pt', said)
+        if '--stored=' in ' '.join(argv) or rng.random() < 0.5:
+            return 'trained'
+        how = rng.choice((['--ptq=rtn'], ['--ptq=gptq', f'--act_order={rng.random() < 0.5}']))
+        said = call([f'{whole}/ckpt.pt', f'--stored={draw_spec(rng)}', '--weights=', *how, *OWN,
+                     '--sequences=8', f'--out_dir={folder / "after"}'], dry_run=DRY_RUN)
+        if said.startswith('error: '):
+            return 'trained'
+        evaluate(folder / 'after' / 'ckpt.pt', said)
+    except Failure as e:
+        raise Failure(f'{e}\nwhich comes after\n{line(first)}') from None
+    return 'trained and then quantized'
+
+
+DRY_RUN = train.dry_run
 
 
 def main(configs=200, seed=0):
     """How many configurations failed."""
-    counts, folder, failures = Counter(), Path(tempfile.mkdtemp(prefix='fuzz-')), []
+    counts, failed, folder = Counter(), 0, Path(tempfile.mkdtemp(prefix='fuzz-'))
     text = (ROOT / 'quant.py').read_text(encoding='utf-8')
     with contextlib.redirect_stdout(io.StringIO()):
         prepare(folder / 'data', 'fuzz', [('train', text[4000:]), ('val', text[:4000])], 256)
-    fixed = [*FIXED, f'--dataset={folder / "data"}']
+    fixed = [*FIXED, *OWN, f'--dataset={folder / "data"}']
     for i in tqdm(range(configs), 'fuzz', disable=None):
-        rng = random.Random(f'{seed} {i}')          # each by itself, whatever came before
+        rng = random.Random(f'{seed} {i}')      # each is by itself, whatever came before
         try:
             counts[carry_through(draw(rng, fixed, counts), folder / str(i), rng)] += 1
             shutil.rmtree(folder / str(i), ignore_errors=True)
         except Failure as e:
-            failures.append(e)
+            failed += 1
             tqdm.write(f'{i}: {e}\n')
-    print(', '.join(f'{n} {what}' for what, n in counts.items()) + f', {len(failures)} failed')
-    if not failures:
+    print(', '.join(f'{n} {what}' for what, n in counts.items()) + f', {failed} failed')
+    if not failed:                              # else the commands need the data
         shutil.rmtree(folder)
-    return len(failures)
+    return failed
 
 
 if __name__ == '__main__':

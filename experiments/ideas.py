@@ -81,13 +81,13 @@ def inside(idea):
     return lambda *args: direct_step(idea, *args)
 
 
-def attention(optimizer, name, *clip):
+def attention(optimizer, name):
     """Attention at half the rate of the MLPs."""
     rates = optimizer.rates
     if '.attn.' in name:
         half = Rates(*rates['direct'].unbind())
         optimizer.rates = {**rates, 'direct': torch.stack(half._replace(lr=half.lr / 2))}
-    apply(optimizer, name, *clip)
+    apply(optimizer, name)
     optimizer.rates = rates
 
 
