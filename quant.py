@@ -52,15 +52,15 @@ GRIDS = {
     'bf16': Grid(16, -2. ** 128 + 2. ** 120, 2. ** 128 - 2. ** 120, torch.bfloat16, (7, -126)),
     'rank1': Grid(0, 0, 0),     # no codes, but a mean of each row and column: Adafactor's v
 }
-# what a code of integers stands for, before the scale, and the ways back: `level` of a code;
-# `code`, its inverse, a real number; `nearest`, the same, but so that to round it is right
+# what an integer code stands for, before the scale: its `level`. Back from a level, `code` is the
+# inverse, a real number, and `nearest` that, shifted so that rounding it finds the nearest level
 Map = namedtuple('Map', 'level code nearest')
 MAPS = {
     'linear': Map(lambda c: c, lambda y: y, lambda y: y),
-    # for m; the middle of c^2 and (c + 1)^2 is (c + 1/2)^2 + 1/4
+    # level c |c|, for m; the middle of c^2 and (c + 1)^2 is (c + 1/2)^2 + 1/4
     'sqrt': Map(lambda c: c * abs(c), lambda y: y.abs().sqrt().copysign(y),
                 lambda y: (y.abs() - 0.25).clamp(min=0).sqrt().copysign(y)),
-    # for v, which is a divisor: nearest by the fourth root, and never from positive to zero
+    # level c^4, for v, which is a divisor: nearest by the root, and never from positive to zero
     'root4': Map(lambda c: c * abs(c) ** 3, *[lambda y: y.abs().sqrt().sqrt().copysign(y)] * 2),
 }
 FORMATS = {'nvfp4': ('fp4', 16), 'mxfp4': ('fp4', 32), 'mxfp8': ('fp8', 32)}    # grid and block
@@ -178,11 +178,11 @@ class QTensor(NamedTuple):
 
 
 def quantize(x, how, key=0, scale=None):
-    """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp; asymmetric, q = clip(round(x / s - z),
-    Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s - Qn) (paper 1): x (..., C), computed
-    in float32. `how` is a Spec, its string, or None, which stores x as it is; `key`, int or int32
-    (), is that of the noise; `scale` is kept, not found. Raises ValueError where blocks, or codes
-    that share a byte, do not divide C."""
+    """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp, Qp the highest level; asymmetric, q =
+    clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s - Qn) (paper 1).
+    x (..., C) is taken to float32. `how` is a Spec, its string, or None, which stores x as it is;
+    `key`, int or int32 (), is that of the noise; a `scale` that is given is kept. Raises
+    ValueError where blocks, or codes that share a byte, do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -335,17 +335,17 @@ def levels(q):
 
 def pack(c, s):
     """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8), in fields of 4, 2 and 1
-    bits: 4 are two to a byte, 6 a field of 4 and one of 2. Byte j of the n of a field holds codes
-    j, j + n, j + 2n ..: memory is read in order. Raises ValueError if bytes are not filled."""
+    bits: 4 are two to a byte, 6 a field of 4 and one of 2. A field is n bytes, and byte j holds
+    codes j, j + n ..: memory is read in order. Raises ValueError if bytes are not filled."""
     if GRIDS[s.grid].bits > 7:
         return c
     fields = []
     for width in (w for w in (4, 2, 1) if GRIDS[s.grid].bits & w):
-        n = 8 // width
-        if c.shape[-1] % n:
-            raise ValueError(f'{n} codes of {s.grid} to a byte do not divide a last axis of '
-                             f'{c.shape[-1]}; choose another grid or size')
-        digits = (c & (2 ** width - 1)).unflatten(-1, (n, -1)).unbind(-2)
+        per_byte = 8 // width
+        if c.shape[-1] % per_byte:
+            raise ValueError(f'{per_byte} codes of {s.grid} to a byte do not divide a last axis '
+                             f'of {c.shape[-1]}; choose another grid or size')
+        digits = (c & (2 ** width - 1)).unflatten(-1, (per_byte, -1)).unbind(-2)
         fields.append(sum(digit << (width * i) for i, digit in enumerate(digits)))
         c = c >> width
     return torch.cat(fields, -1)
@@ -353,11 +353,12 @@ def pack(c, s):
 
 def unpack(codes, s):
     """The codes that `pack` put into bytes, from 0 up, uint8 (..., C); others as they are."""
-    if GRIDS[s.grid].bits > 7:
+    bits, c, shift = GRIDS[s.grid].bits, 0, 0
+    if bits > 7:
         return codes
-    widths = [w for w in (4, 2, 1) if GRIDS[s.grid].bits & w]
-    n, c, shift = codes.shape[-1] // sum(widths), 0, 0              # n bytes hold one bit of all
-    for width, field in zip(widths, codes.split([n * w for w in widths], -1)):
+    widths = [w for w in (4, 2, 1) if bits & w]
+    sizes = [codes.shape[-1] * w // bits for w in widths]           # bytes of a field
+    for width, field in zip(widths, codes.split(sizes, -1)):
         digits = [(field >> (width * i)) & (2 ** width - 1) for i in range(8 // width)]
         c, shift = c + (torch.cat(digits, -1) << shift), shift + width
     return c
@@ -502,15 +503,16 @@ def matmul_backward(g, x, w, how, key):
     if method is straight_through:
         # both see one g^; else each rounds a g of its own, with noise of its own
         g_hat = fake_quant(g, how.gradients, stream(key, 2))
-    dx = method(g_hat, w, how, stream(key, 2)) if where != 'dw' else straight_through(g, w)
-    dw = method(g_hat.T, x, how, stream(key, 3)) if where != 'dx' else straight_through(g.T, x)
+    # the matmul that does not see g^ takes g as it is
+    dx = straight_through(g, w) if where == 'dw' else method(g_hat, w, how, stream(key, 2))
+    dw = straight_through(g.T, x) if where == 'dx' else method(g_hat.T, x, how, stream(key, 3))
     return dx, dw
 
 
 class Matmul(torch.autograd.Function):
     """y = x^ (w^)^T + b,  dx = g^ w^,  dw = (g^)^T x^,  db = sum g,  of x (N, in), w (out, in) and
-    g (N, out). `weight` is w, or, beside codes and scale, only where its gradient goes. What waits
-    for the backward is codes, a byte where x has four."""
+    g (N, out). `weight` is w, or, if there are codes, only the leaf that receives dw. What waits
+    for the backward is x^ and w^ as codes and scales."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, key, how, stored, codes, scale):
@@ -642,14 +644,14 @@ class KVCache:
 # of the codes, so that a rate says how many codes move, whatever their scale. The steps read m and
 # v as they are stored, compute in float32, and write in place; torch.compile fuses each of them.
 
-# the numbers of a step, 0-d tensors, so that compiled code serves them all. lr is in decay;
-# bias = 1 - prod beta, so that mhat = m / bias1; the gradient counts `clip` times
+# the numbers of a step, 0-d tensors, so that compiled code serves them all. decay includes lr;
+# bias = 1 - prod beta, so that mhat = m / bias1; g is multiplied by clip
 Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps tau clip')
 
 
 def moments(g, m, v, h, key):
-    """m after the gradient g, float32; v as it will be stored; and r~. r sees v before rounding,
-    but of rank1, a row and a column, what those say of it."""
+    """m after the gradient g, float32; v as it will be stored; and r~. r uses v before rounding,
+    or, of rank1, v as rebuilt from its row and column."""
     m = h.beta1 * dequantize(m) + (1 - h.beta1) * g
     v, s = h.beta2 * dequantize(v) + (1 - h.beta2) * g * g, v.spec
     stored = quantize(v, s, key)
@@ -678,8 +680,9 @@ def adamw_step(w, g, m, v, h, key):
 def direct_step(w, g, m, v, log_s, h, h_s, key):
     """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved.
 
-    SR rounds up or down with the probabilities that keep the mean, so a ternary code moves a level
-    against r with probability lr |r~|: the rate is the share of the codes that a step may move.
+    SR rounds up or down by chance so that the mean is kept, if the Spec says stochastic. A ternary
+    code then moves a level against r with probability lr |r~|: the rate is the share of the codes
+    that a step may move.
     Three things are ours, not paper 2's:
 
     - r within tau of 0 is what pure noise would give (`Optimizer.begin`), and moves nothing;
@@ -781,7 +784,7 @@ class Optimizer:
         c, self.t = self.config, self.t + 1
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / c.ramp)) if c.ramp else c.beta1
         self.beta1s *= beta1
-        # of white gradients of variance v, m = sum w_i g_i has variance v sum w_i^2 = v `noise`
+        # of white gradients, m = sum w_i g_i has the variance of g times sum w_i^2 = `noise`
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
         bias1, bias2 = 1 - self.beta1s, 1 - c.beta2 ** self.t
         # (beta1, bias1, tau), of weights of Linears and of all else
@@ -852,7 +855,7 @@ def rtn_(model, how):
 
 
 def gptq(W, H, how, damping=0.01, act_order=False):
-    """Codes of W (out, in), a QTensor, that make (W - s Q) X small, not W - s Q:
+    """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer:
 
         q_i = clip(round(w_i / s), Qn, Qp),  e = (w_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
@@ -862,8 +865,8 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     descending H_ii (Frantar et al., GPTQ, arXiv 2210.17323; there weights of a channel without
     data become 0, here they are rounded). Raises ValueError where H is not positive definite."""
     s, n = replace(spec(how), rounding='nearest'), W.shape[1]
-    grid = quantize(W, s)
-    scale = grid.scale.expand_as(grouped(W, s)).reshape(W.shape)        # (out, in)
+    rtn = quantize(W, s)
+    scale = rtn.scale.expand_as(grouped(W, s)).reshape(W.shape)        # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
     damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
@@ -882,11 +885,12 @@ def gptq(W, H, how, damping=0.01, act_order=False):
         b = min(a + 128, n)
         E = torch.empty_like(W[:, a:b])
         for i in range(a, b):
-            codes[:, i] = round_to(W[:, i] / scale[:, i], s, 0)
+            # a group of zeros stays zero, whatever others push onto it
+            codes[:, i] = round_to(W[:, i] / scale[:, i], s, 0) * (scale[:, i] > TINY)
             E[:, i - a] = (W[:, i] - scale[:, i] * codes[:, i]) / U[i, i]
             W[:, i:b] -= torch.outer(E[:, i - a], U[i, i:b])
         W[:, b:] -= E @ U[a:b, b:]
-    return grid._replace(codes=pack(encode(codes[:, order.argsort()], s), s))
+    return rtn._replace(codes=pack(encode(codes[:, order.argsort()], s), s))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -101,6 +102,9 @@ def split_files(files):
 # -----------------------------------------------------------------------------
 # documents -> dataset
 
+TOKENIZER = 'tokenizer', 'vocab_size', 'pattern', 'ranks', 'special'    # its keys in meta.json
+NUMBERS = 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes', 'bytes_per_token'
+
 
 def tokens_dtype(vocab_size):
     """Of the ids in a .bin, little-endian: uint16 where all of them fit, else uint32."""
@@ -135,7 +139,7 @@ def prepare(out_dir, name, documents, vocab, limit=math.inf):
 def dataset_name(out_dir):
     """What train.py calls a dataset: by name where its folder lies in data/, else by path."""
     path = os.path.abspath(out_dir)
-    named = os.path.samefile(os.path.dirname(path), os.path.dirname(os.path.abspath(__file__)))
+    named = os.path.realpath(os.path.dirname(path)) == os.path.dirname(os.path.realpath(__file__))
     return os.path.basename(path) if named else path
 
 
@@ -161,10 +165,9 @@ def write(out_dir, name, tokenizer, documents, limit):
                 raise SystemExit(f'{name}: too little text, nothing is left for {split}.bin')
         sha256 = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode())
         sha256.update(digest['train'].digest() + digest['val'].digest())
-        meta = {'name': name, 'train_tokens': tokens['train'], 'val_tokens': tokens['val'],
-                'train_bytes': size['train'], 'val_bytes': size['val'],
-                'bytes_per_token': size['val'] / tokens['val'],
-                'sha256': sha256.hexdigest(), **tokenizer}
+        numbers = *tokens.values(), *size.values(), size['val'] / tokens['val']
+        meta = {'name': name, **dict(zip(NUMBERS, numbers)), 'sha256': sha256.hexdigest(),
+                **tokenizer}
         with open(f'{tmp}/meta.json', 'w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
         (out_dir / 'meta.json').unlink(missing_ok=True)
@@ -181,6 +184,83 @@ def encode(tokenizer, documents, batch=1024):
         ids = enc.encode_ordinary_batch([text for _, text in chunk], num_threads=os.cpu_count())
         for (split, text), doc in zip(chunk, ids):
             yield split, text, doc + end
+
+
+# -----------------------------------------------------------------------------
+# dataset -> ids
+
+
+def read_dataset(root):
+    """
+    The dataset in folder `root`: (train, val, meta), the ids of both .bin mapped from the files,
+    and meta.json. Raises ValueError for one that is missing, damaged, or not of one piece.
+    """
+    name, script = dataset_name(root), f'{root}/prepare.py'
+    if not os.path.exists(f'{root}/meta.json'):
+        raise ValueError(f"no dataset '{name}': there is no {root}/meta.json" + (
+            f'; run python {os.path.relpath(script)}' if os.path.exists(script) else ''))
+    try:
+        with open(f'{root}/meta.json', encoding='utf-8') as file:
+            meta = json.load(file)
+        check_meta(meta)
+        train, val = (read_ids(f'{root}/{split}.bin', meta[f'{split}_tokens'], meta['vocab_size'])
+                      for split in ('train', 'val'))
+    except Exception as error:  # a damaged file raises anything at all
+        raise ValueError(f'cannot read the dataset {name}: {error!r}; run its prepare.py '
+                         'again') from None
+    return train, val, meta
+
+
+def check_meta(meta):
+    """Some exception, unless the numbers make sense and the tokenizer works."""
+    for key in (*NUMBERS, 'vocab_size'):
+        if type(meta[key]) not in (int, float) or not 0 < meta[key] < 2**63:
+            raise ValueError(f'{key} = {meta[key]!r} in meta.json')
+    # tiktoken does not survive every damaged tokenizer: look before it does
+    n, ranks = len(meta['ranks']), set(meta['ranks'])
+    ids = [*range(n), *sorted(meta['special'].values())]
+    ratio = meta['val_bytes'] / meta['val_tokens'] / meta['bytes_per_token']
+    if len(ranks) < n or ids != [*range(meta['vocab_size'])] or abs(ratio - 1) > 1e-6 or \
+            not ranks >= {chr(byte) for byte in range(256)} or not meta['sha256'].isalnum():
+        raise ValueError('the tokenizer, bytes_per_token or sha256 in meta.json is damaged')
+    encoding(meta).encode_ordinary(__doc__)
+
+
+def read_ids(path, tokens, vocab_size):
+    """The ids in a .bin, mapped. Raises ValueError for what cannot be so many of them."""
+    dtype = tokens_dtype(vocab_size)
+    if os.path.getsize(path) != tokens * dtype.itemsize:
+        raise ValueError(f'{path} is truncated, or of another vocabulary')
+    ids = np.memmap(path, dtype, mode='r').view(np.ndarray)
+    # what is too large to look through is checked batch by batch
+    if tokens < 5e7 and ids.max() >= vocab_size:
+        raise ValueError(f'{path} has id {ids.max()}, beyond its vocabulary of {vocab_size}')
+    return ids
+
+
+# what is read in which order is a function of (seed, step) alone
+
+
+@lru_cache(2)  # a batch may end in the next epoch
+def epoch_order(seed, epoch, windows, sequences):
+    """The windows of an epoch in its order; of so many `sequences`, if not 0, the same in all."""
+    few = np.random.default_rng(seed).permutation(windows)[:sequences or windows]
+    return np.random.default_rng((seed, epoch + 1)).permutation(few)
+
+
+def window_starts(config, step, n_tokens, world):
+    """Where the windows of a step begin, for micro-steps and ranks: (grad_accum, world, batch).
+
+    A function of (seed, step), whatever the product of the three is made of. Windows do not
+    overlap, and every epoch has each once."""
+    shape = config.grad_accum, world, config.batch_size
+    # n windows a step, of `size` an epoch: a step may end an epoch, or see several
+    windows, n = (n_tokens - 1) // config.block_size, math.prod(shape)
+    size = config.sequences or windows
+    epoch, first = divmod(step * n, size)
+    order = [epoch_order(config.seed, e, windows, config.sequences)
+             for e in range(epoch, epoch + -(-(first + n) // size))]
+    return np.concatenate(order)[first:first + n].reshape(shape) * config.block_size
 
 
 # -----------------------------------------------------------------------------

@@ -42,15 +42,17 @@ USUAL = ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean/stochastic', 'f
          'int8/32/sqrt', 'uint8/32/root4', 'rank1', 'bf16/stochastic', 'nvfp4', 'mxfp8', '')
 KEYS = {
     'flavour': ('gpt2', 'llama'), 'n_embd': (32, 64), 'n_head': (2, 4), 'n_kv_head': (0, 1, 2),
+    'hidden': (36, 40, 96), 'block_size': (16, 48), 'norm_eps': (0.1,), 'rope_theta': (100.0,),
     'tied': (True, False), 'bias': (False, True), 'quantize_head': (True, False),
     'dropout': (0.0, 0.2), 'init_gain': (0.0, 0.7), 'batch_size': (2, 3), 'grad_accum': (1, 2),
     'sequences': (0, 20), 'sample_tokens': (0, 40), 'dtype': ('float32', 'bfloat16'),
     'backward': ('ste', 'full', 'fold', 'requantize'), 'gradients_in': ('both', 'dx', 'dw'),
     'compute': ('float', 'codes'), 'optimizer': ('adamw', 'muon'),
     'learning_rate': (1e-3, 1e-2), 'embedding_lr': (0.0, 1e-2), 'weight_decay': (0.0, 0.1),
-    'beta2': (0.95, 0.999), 'grad_clip': (0.0, 1.0), 'update_in_backward': (True, False),
+    'min_lr': (0.0, 1.0), 'warmup_iters': (0, 9), 'beta1': (0.0, 0.99), 'beta2': (0.95, 0.999),
+    'eps': (1e-3,), 'grad_clip': (0.0, 1.0), 'update_in_backward': (True, False),
     'code_lr': (0.0, 0.1, 0.8), 'scale_lr': (0.0, 0.01), 'threshold': (0.0, 2.0),
-    'ramp': (0.0, 20.0)}
+    'ramp': (0.0, 20.0), 'log_interval': (1, 3), 'eval_interval': (1, 3)}
 STRATEGIES = [path for path in sorted(ROOT.glob('config/*.py')) if path.stem not in
               ('gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]
 

@@ -155,9 +155,11 @@ def run_one(job):
 
 
 def start_worker(threads):
-    """Of a process that will train: its threads, and the noise of stochastic rounding compiled,
-    which is the same to the bit, but eager it takes half the time of runs that quantize g."""
+    """Of a process that will train: its threads and memory, and the noise of stochastic rounding
+    compiled, which is the same to the bit, but eager takes half the time of runs that quantize
+    g."""
     torch.set_num_threads(threads)
+    train.keep_memory()
     noise = torch.compile(quant.uniform, dynamic=True)
     try:
         noise(torch.zeros(2, 2), torch.zeros((), dtype=torch.int32))
@@ -172,8 +174,6 @@ def run_all(path, todo, jobs, keep=(), run=run_one):
     done = {r.get('mark') for r in read(path)}
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
-    # else glibc gives every temporary back, and new pages take a third of the time of eager runs
-    os.environ.update(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2 ** 34))
     spawn = get_context('spawn')
     with ProcessPoolExecutor(jobs, spawn, start_worker, (threads,)) as pool:
         missing = {job.mark: job for job in todo if job.mark not in done}      # each once
