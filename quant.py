@@ -240,7 +240,9 @@ def grouped(x, s):
         if x.shape[-1] % s.group:
             raise ValueError(f'blocks of {s.group} do not divide a last axis of {x.shape[-1]}')
         return x.unflatten(-1, (-1, s.group))                       # (..., C / group, group)
-    return {'row': x, 'tensor': x.reshape(1, -1), 'column': x.flatten(0, -2)}[s.group]
+    if s.group == 'row':
+        return x
+    return x.reshape(1, -1) if s.group == 'tensor' else x.flatten(0, -2)
 
 
 def find_scale(x, s):
@@ -401,10 +403,14 @@ class How:
 def together(a, b):
     """Can codes of two Specs be multiplied in place of what they stand for? x^ = s q, one s a row,
     of integers both, or of fp8 (not e5m2 both), and both rotated or neither."""
-    one = all(s and s.group in ('row', 'tensor') and (s.map, s.sign) == ('linear', 'symmetric')
-              and GRIDS[s.grid].low < 0 and s.grid not in ('fp4', 'bf16') for s in (a, b))
-    return one and a.rotation == b.rotation and {a.grid, b.grid} != {'fp8e5'} \
-        and bool(GRIDS[a.grid].float) == bool(GRIDS[b.grid].float)
+    def fits(s):
+        grid, plain = GRIDS[s.grid], (s.map, s.sign) == ('linear', 'symmetric')
+        kind = grid.bits == 8 if grid.float else grid.low < 0
+        return kind and plain and s.group in ('row', 'tensor')
+
+    return bool(a and b and fits(a) and fits(b) and a.rotation == b.rotation
+                and {a.grid, b.grid} != {'fp8e5'}
+                and bool(GRIDS[a.grid].float) == bool(GRIDS[b.grid].float))
 
 
 def matmul(a, b, codes, dtype, bias=None):
@@ -535,6 +541,16 @@ class Matmul(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------
 # the linear layer, and keys and values
 
+def storable(how):
+    """The Spec of weights as they are stored. Raises ValueError for one that cannot be."""
+    s = spec(how)
+    if s and (GRIDS[s.grid].low >= 0 or s.format or s.rotation
+              or (s.sign, s.map) != ('symmetric', 'linear')):
+        raise ValueError(f"stored = '{how}': a stored weight takes a symmetric, signed, linear "
+                         'grid with float32 scales, not rotated')
+    return s
+
+
 class Linear(nn.Module):
     """y = x^ (w^)^T + b over the last axis of x (..., in); `how` says what is quantized, `store_`
     replaces the float32 weight by codes, and `key`, int32 (), is that of its noise."""
@@ -563,27 +579,31 @@ class Linear(nn.Module):
     @torch.no_grad()
     def store_(self, how, q=None):
         """Keep only codes: q = clip(round(w / s), Qn, Qp), or the QTensor that is given. From then
-        on s is fixed or learned, but not found again: absmean of a ternary w would shrink. Raises
-        ValueError for a grid that weights cannot have."""
-        s = spec(how)
+        on s is fixed or learned, but not found again: absmean of a ternary w would shrink."""
+        s = storable(how)
         if s is None:
             return
-        if GRIDS[s.grid].low >= 0 or s.format or s.rotation or \
-                (s.sign, s.map) != ('symmetric', 'linear'):
-            raise ValueError(f"stored = '{how}': a stored weight takes a symmetric, signed, "
-                             'linear grid with float32 scales, not rotated')
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
             # a group of zeros does not tell its size, but its codes will move, and then count:
             # it gets the mean scale of the others, or that of weights which keep variances
-            alive = q.scale > TINY
-            usual = (q.scale * alive).sum() / alive.sum()
-            usual = usual.nan_to_num(self.weight.shape[1] ** -0.5 / s.top)      # there are none
+            alive = ~(q.scale <= TINY)                              # nan stays nan
+            usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
+            usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
             self.scale = torch.where(alive, q.scale, usual)
         # autograd wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
         # expanded to that shape, in four bytes of memory
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand(self.weight.shape))
+
+    def _apply(self, fn, recurse=True):
+        # moved, but not cast: codes and scales are what they are, and the ghost has four bytes
+        kept = self.codes, self.scale
+        super()._apply(fn, recurse)
+        if self.stored:
+            self.codes, self.scale = (t if t is None else t.to(self.codes.device) for t in kept)
+            self.weight.data = self.weight.data.new_zeros(()).expand(self.weight.shape)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -686,7 +706,7 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     Three things are ours, not paper 2's:
 
     - r within tau of 0 is what pure noise would give (`Optimizer.begin`), and moves nothing;
-    - a gradient that moved a code is spent: its m starts from 0 again, none counts twice;
+    - a gradient that moved a code is spent: where there is a tau, its m starts from 0 again;
     - s learns: log s by Adam, whose moments are log_s, so that a step is a share of it."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
@@ -701,7 +721,7 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     m_s, v_s = log_s
     m_s.lerp_(slope, 1 - h_s.beta1)
     v_s.lerp_(slope ** 2, 1 - h_s.beta2)
-    r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-30)
+    r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
 
     w.scale.mul_((-h_s.lr * r_s).exp())
     w.codes.copy_(pack(encode(new, s), s))
@@ -719,7 +739,7 @@ def muon_step(w, g, m, h, key):
     m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g
     x = h.beta1 * m_new + (1 - h.beta1) * g
     tall = x.shape[0] > x.shape[1]
-    x = (x.T if tall else x) / (x.norm() + 1e-30)
+    x = (x.T if tall else x) / (x.norm() + 1e-18)
     for _ in range(5):
         # an odd polynomial of the singular values, which takes them from (0, 1] to about 1
         y = x @ x.T
@@ -745,8 +765,13 @@ class Optimizer:
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t = model, config, 0
         self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # beta1s: prod beta1
-        compile = torch.compile if compiled else lambda f: f
-        self.adamw, self.direct, self.muon = map(compile, (adamw_step, direct_step, muon_step))
+        self.adamw, self.direct, self.muon = adamw_step, direct_step, muon_step
+        if compiled:
+            # a graph for each shape: of shapes left open, that of 4-bit states takes six times as
+            # long. More than eight shapes are no sign of a mistake
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            steps = adamw_step, direct_step, muon_step
+            self.adamw, self.direct, self.muon = (torch.compile(f, dynamic=False) for f in steps)
         self.weights, self.state = self.look(), {}
         for name, (kind, p, w) in self.weights.items():
             how = ('', '') if kind in ('matrix', 'vector') else (config.adam_m, config.adam_v)
@@ -862,9 +887,9 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     for columns i = 1 .. in: what rounding a column does to the output, those after it make up for.
     H = 2 mean x x^T over the inputs x of the layer, (in, in) float32, U the upper Cholesky factor,
     U^T U = (H + damping mean(diag H) 1)^-1, and s that of rounding W to nearest; act_order goes by
-    descending H_ii (Frantar et al., GPTQ, arXiv 2210.17323; there weights of a channel without
-    data become 0, here they are rounded). Raises ValueError where H is not positive definite."""
-    s, n = replace(spec(how), rounding='nearest'), W.shape[1]
+    descending H_ii (Frantar et al., GPTQ, arXiv 2210.17323). The mean is over channels with data;
+    one without is rounded to nearest. Raises ValueError where H is not positive definite."""
+    s, n = replace(storable(how), rounding='nearest'), W.shape[1]
     rtn = quantize(W, s)
     scale = rtn.scale.expand_as(grouped(W, s)).reshape(W.shape)        # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
@@ -915,7 +940,7 @@ def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
     list of (B, T): the inputs of each have gone through those before it, quantized. `progress` is
     called on the list of blocks. Raises ValueError without data, for weights that are quantized
     already, and as gptq does."""
-    if not batches or spec(how).grid == 'bf16':
+    if not batches or storable(how).grid == 'bf16':
         raise ValueError('GPTQ needs data, give it sequences, and a grid with scales, not bf16')
     for name, layer in linears(model).items():
         if layer.stored or layer.how.weights:
@@ -972,7 +997,7 @@ def damage(x, how):
     if s.top and q.scale is not None and q.zero is None:
         y = grouped(x, s) / q.scale.float() / (1 if q.outer is None else q.outer) / (1 + 1e-5)
         clipped = ((y < MAPS[s.map].level(GRIDS[s.grid].low)) | (y > s.top)).float().mean().item()
-    return {'snr_db': 10 * math.log10(x.square().sum() / noise) if noise > 0 else None,
+    return {'snr_db': None if noise == 0 else 10 * math.log10(x.square().sum() / noise),
             'zero': (x_hat == 0).float().mean().item(), 'clipped': clipped}
 
 

@@ -18,6 +18,7 @@ import difflib
 import inspect
 import json
 import math
+import operator
 import os
 import signal
 import subprocess
@@ -156,6 +157,18 @@ def fail(message, own=False):
 # ------------------------------------------------------------------------------------------------
 # the command line: config files and flags are data, read without running them
 
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv,
+             ast.Pow: lambda a, b: a ** b if abs(b) < 64 else math.inf}     # 9**9**9 never ends
+
+
+def literal(node):
+    """The value of a literal, or of arithmetic on some. Any exception for anything else."""
+    if isinstance(node, ast.BinOp):
+        return OPERATORS[type(node.op)](literal(node.left), literal(node.right))
+    return ast.literal_eval(node)
+
+
 def value_of(key, text, where):
     """The value of a config key: a literal, or in a flag the bare text of a string."""
     kinds = {f.name: f.type for f in fields(Config) if f.name != 'checkpoint'}
@@ -164,7 +177,7 @@ def value_of(key, text, where):
         fail(f"unknown key '{key[:99]}', did you mean '{near[0]}'? ({where})")
     value, kind = None, kinds[key]
     with suppress(Exception):       # no literal, whatever the reason
-        value = ast.literal_eval(text)
+        value = literal(ast.parse(text, mode='eval').body)
         value = float(value) if kind is float and type(value) is int else value
     if where.startswith('--') and type(value) is not kind:
         # --weights=8 is a string too, and --bias=true a bool
@@ -272,6 +285,7 @@ def check(c, given):
     w, stored, v = specs['weights'], specs['stored'], specs['adam_v']
     for wrong, why in (
         (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of learning_rate'),
+        (not c.beta2, 'beta2 = 0: v is 0 where a gradient is, and the step explodes'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
         (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
         (stored and stored.grid == 'bf16' and c.code_lr, 'code_lr moves codes: bf16 has none'),

@@ -353,7 +353,7 @@ def optimizer_step(width, n_layer):
         make = peer('bitsandbytes').optim.AdamW8bit
         return theirs(functools.partial(make, min_8bit_size=256), 'state1', 'state2')
 
-    return ({'8-bit': lambda: ours('8-bit', '--adam_m=int8/128/sqrt', '--adam_v=uint8/128/root4'),
+    return ({'8-bit': lambda: ours('8-bit', 'config/adam8.py'),
              'ternary': lambda: ours('ternary', 'config/ternary.py'),
              'fused': lambda: theirs(functools.partial(torch.optim.AdamW, fused=True)),
              'torchao': lambda: theirs(peer('torchao.optim').AdamW8bit, 'exp_avg', 'exp_avg_sq'),

@@ -45,7 +45,7 @@ KEYS = {
     'hidden': (36, 40, 96), 'block_size': (16, 48), 'norm_eps': (0.1,), 'rope_theta': (100.0,),
     'tied': (True, False), 'bias': (False, True), 'quantize_head': (True, False),
     'dropout': (0.0, 0.2), 'init_gain': (0.0, 0.7), 'batch_size': (2, 3), 'grad_accum': (1, 2),
-    'sequences': (0, 20), 'sample_tokens': (0, 40), 'dtype': ('float32', 'bfloat16'),
+    'sequences': (0, 20), 'sample_tokens': (0, 28), 'dtype': ('float32', 'bfloat16'),
     'backward': ('ste', 'full', 'fold', 'requantize'), 'gradients_in': ('both', 'dx', 'dw'),
     'compute': ('float', 'codes'), 'optimizer': ('adamw', 'muon'),
     'learning_rate': (1e-3, 1e-2), 'embedding_lr': (0.0, 1e-2), 'weight_decay': (0.0, 0.1),
