@@ -1,16 +1,14 @@
 """
-The laws, in the order of quant.py, then of model.py, train.py, data/ and convert/: each test holds
-a claim beside its oracle. Grids, maps and formats are found in quant.py: one more is tested too.
+The laws, in the order of quant.py, then of model.py and train.py: each test holds a claim beside
+its oracle. Grids, maps and formats are found in quant.py: one more is tested too.
 
     python -m pytest -q test_quant.py
 """
 import copy
-import functools
 import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -29,9 +27,7 @@ import torch.nn.functional as F
 import model as model_py
 import quant
 import train
-from convert import hf
-from data.corpus import prepare, read_files, write
-from data.tokenizer import EOT, PATTERN, encoding, make_tokenizer, tokenizer_dict, train_bpe
+from data.corpus import prepare
 from model import GPT, Head, rope
 from quant import (FORMATS, GRIDS, MAPS, WORDS, How, KVCache, Linear, Optimizer, Spec, bytes_held,
                    dequantize, fake_quant, gptq, gptq_, health, hessian, levels, linears,
@@ -168,12 +164,13 @@ def test_stochastic_rounding_is_unbiased(text):
 @each('text', CODED)
 def test_packing_loses_nothing(text):
     """Every level has a code of its own, of as many bits as the grid says."""
-    s, y = spec(text), levels_of(spec(text)).float()
-    y = torch.stack([F.pad(y, (0, -len(y) % 8)).roll(i) for i in range(5)])
+    s, y, bits = spec(text), levels_of(spec(text)).float(), GRIDS[spec(text).grid].bits
+    n = 8 // math.gcd(8, bits)                  # codes that fill bytes: 2 of 4 bits, 4 of 6
+    y = torch.stack([F.pad(y, (0, n + -len(y) % n)).roll(i) for i in range(5)])
     q = quantize(y, s, scale=ONE)
     assert torch.equal(dequantize(q), y) and torch.equal(levels(q), y)
-    assert 8 * q.codes.untyped_storage().nbytes() == GRIDS[s.grid].bits * y.numel()
-    if GRIDS[s.grid].bits < 8:
+    assert 8 * q.codes.untyped_storage().nbytes() == bits * y.numel()
+    if bits < 8:
         with pytest.raises(ValueError, match='not divide a last axis of 15'):
             quantize(normal(2, 15), s)
 
@@ -196,15 +193,13 @@ def test_float_grids_are_the_hardware_formats(name):
 
 def test_scales_of_microscaling_formats():
     """mxfp4: the power of two at or below max / 4. mxfp8: at or above max / 448: clips nothing."""
-    near = [np.nextafter(np.float32(x * 2.0 ** e), np.float32(way)) for way in (0, 1e30)
-            for x in (1, 6, 8, 448) for e in (-60, -1, 0, 5)] + [8.0, 6.0, 448.0, 7.0]
-    x = torch.tensor([*near, *(normal(90) * 10 ** normal(90, seed=1)).tolist()])
-    most = x.abs().double().numpy()
-    oracles = {'mxfp4': np.floor(np.log2(most / 4)), 'mxfp8': np.ceil(np.log2(most / 448))}
-    for name, oracle in oracles.items():
+    x = torch.outer(torch.tensor([1.0, 6, 7, 8, 448]), 2.0 ** torch.tensor([-60, -1, 0, 5]))
+    x = torch.cat((x, *(x.nextafter(torch.tensor(way)) for way in (0, 1e30)))).flatten()
+    for name, power in (('mxfp4', (x.double() / 4).log2().floor()),
+                        ('mxfp8', (x.double() / 448).log2().ceil())):
         scale = quantize(F.pad(x[:, None], (3, 28)), name).scale
         assert scale.dtype == torch.float8_e8m0fnu and scale.shape == (len(x), 1, 1)
-        assert (scale.float().flatten().numpy() == 2.0 ** oracle).all()
+        assert (scale.float().flatten() == 2.0 ** power).all()
     scale = quantize(normal(8, 64), 'nvfp4').scale
     assert scale.dtype == torch.float8_e4m3fn and scale.float().amax() == 448
 
@@ -229,6 +224,9 @@ def test_scales_are_of_the_axes_they_say_and_float32():
     for group, most in (('tensor', x.abs().amax()), ('row', x.abs().amax(2)), ('column', x.abs()
                         .amax((0, 1))), ('4', x.abs().unflatten(-1, (2, 4)).amax(-1))):
         assert torch.allclose(quantize(x, f'int8/{group}').scale.flatten(), most.flatten() / 127)
+    for how in ('int8', 'int8/row', 'int8/4', 'nvfp4/hadamard'):        # an axis alone is a row
+        y = normal(32)
+        assert torch.equal(fake_quant(y, how), fake_quant(y[None], how)[0])
     with pytest.raises(ValueError, match='blocks of 3 do not divide a last axis of 8'):
         quantize(x, 'int8/3')
     x = normal(64, 256).bfloat16()
@@ -251,24 +249,17 @@ def test_absmean_is_mean_over_the_root_of_the_highest_code():
     assert w.abs().max() < 0.1 * once.abs().max()
 
 
-def test_zeros_small_numbers_and_nan():
-    x = normal(4, 32).abs() * 1e-6                                      # zeros beside small ones
-    x[1] = 0
-    for text in ('int8/row', 'int4/asymmetric', 'fp8/row', *FORMATS, 'ternary/absmean'):
-        y = fake_quant(x, text)
-        assert not fake_quant(x * 0, text).any() and not y[1].any() and y[0].any()
-    x = normal(4, 64) * 1e-15
-    assert (fake_quant(x, 'int8/row') - x).norm() < 0.01 * x.norm()     # no eps swallows a row
-    assert fake_quant(torch.tensor([[1.0, math.nan]]), 'int8/row').isnan().any()    # not hidden
-
-
 @each('name', [*GRIDS, *FORMATS])
-def test_numbers_that_are_almost_zero_stay_so(name):
+def test_zero_small_numbers_and_nan_stay_so(name):
     x = F.pad(torch.full((1, 1), 1e-43), (0, 31))
     rest = [['', *words[1:]] for field, words in WORDS.items() if field not in ('grid', 'group')]
     for text in every([name], ['', 'row', '16'], *rest, ['', 'hadamard']):
         for y in (fake_quant(x, text, 1), fake_quant(x.flip(1), text, 1)):
             assert y.isfinite().all() and y.abs().max() < 1e-36, text
+        assert not fake_quant(0 * x, text, 1).any()
+    x, small = normal(4, 32), 2.0 ** -60                                # no eps swallows them
+    assert torch.equal(fake_quant(small * x, name), small * fake_quant(x, name))
+    assert fake_quant(x.where(x < x.max(), math.nan), name).isnan().any()
 
 
 @each('text', every(GRIDS, ['root4']))
@@ -425,17 +416,13 @@ def test_all_three_matmuls_in_any_format(how):
 
 
 @each('how, says', [
-    ({'compute': 'codes'}, 'needs them: give weights'),
-    ({'compute': 'codes', 'weights': 'int8/row'}, 'and activations'),
-    *(({**INT8, 'compute': 'codes', 'weights': w}, says) for w, says in (
-        ('int8/16', 'per row or'), ('fp8/row', 'or fp8'), ('int8/row/hadamard', 'rotated'))),
-    *(({'compute': 'codes', 'weights': name, 'activations': name}, 'or fp8')
-      for name in GRIDS if name not in MULTIPLIED),
-    ({'backward': 'fold', 'gradients': 'int8/row'}, 'multiplies codes'),
-    ({**INT8, 'backward': 'fold', 'gradients': 'int8/tensor'}, 'one scale per row'),
-    ({**INT8, 'backward': 'fold', 'gradients': 'int8/row/hadamard'}, 'not rotated'),
-    ({'backward': 'fold', 'gradients': 'int8/row',
-      **dict.fromkeys(INT8, 'int8/row/hadamard')}, 'not rotated'),
+    *(({'compute': 'codes', **how}, "'codes' needs them: give weights") for how in (
+        {}, {'weights': 'int8/row'}, *({**INT8, 'weights': w} for w in (
+            'int8/16', 'fp8/row', 'int8/row/hadamard')),
+        *(dict.fromkeys(INT8, name) for name in GRIDS if name not in MULTIPLIED))),
+    *(({'backward': 'fold', 'gradients': 'int8/row', **how}, "'fold' multiplies codes: give")
+      for how in ({}, {**INT8, 'gradients': 'int8/tensor'}, {**INT8, 'gradients':
+                  'int8/row/hadamard'}, dict.fromkeys(INT8, 'int8/row/hadamard'))),
     # words that are wrong or do nothing
     ({'gradients_in': 'dy', 'gradients': 'int8'}, 'use .*both'), ({'weights': 'int9'}, 'word'),
     ({'backward': 'exact'}, 'use .*full'), ({'compute': 'int8'}, 'use .*codes'),
@@ -451,16 +438,17 @@ def test_stored_codes_are_all_there_is(stored):
     layer, twin, x = Linear(64, 32), Linear(64, 32), normal(8, 64).requires_grad_()
     w = fake_quant(layer.weight.detach(), stored).requires_grad_()
     layer.store_(stored)
-    # the ghost gets the gradient of the w that the codes stand for, and costs four bytes
+    # the ghost gets the gradient of the w that the codes stand for
     a, b = layer(x), F.linear(x, w)
     for ours, oracle in zip((a, *grads(a, x, layer.weight)), (b, *grads(b, x, w))):
         assert torch.allclose(ours, oracle, atol=1e-5)
-    state = layer.state_dict()
+    # it costs four bytes, and a cast there and back leaves it all as it is
+    state = copy.deepcopy(layer.double().float().state_dict())
     assert layer.weight.untyped_storage().nbytes() == 4 and 'weight' not in state
     assert not any(t.dtype == torch.float32 and t.numel() >= w.numel() for t in state.values())
     twin.store_(stored)
     twin.load_state_dict(state)
-    assert torch.equal(twin(x), layer(x))
+    assert torch.equal(twin(x), layer(x)) and torch.equal(layer(x), a)
     layer.store_('int4/row')                                            # to other bits
     assert torch.equal(dequantize(layer.stored_weight()), fake_quant(w, 'int4/row'))
 
@@ -468,16 +456,19 @@ def test_stored_codes_are_all_there_is(stored):
 @each('stored', [*(text for text in STORED if text != 'bf16'), 'int4/16', 'ternary/tensor/absmean',
                  'ternary/column', TERNARY])
 def test_zeros_that_are_stored_get_a_scale_like_their_neighbours(stored):
-    """The mean, or what keeps variances: their codes will move, and then it is a weight's."""
-    (some, none), s = (Linear(64, 32), Linear(64, 32)), spec(stored)
+    """The mean, or what keeps variances: their codes will move, and then it is a weight's. A nan
+    is no zero."""
+    (some, none, bad), s = (Linear(64, 32) for _ in range(3)), spec(stored)
     some.weight.data[3] = some.weight.data[:, 5] = none.weight.data[:] = 0
+    bad.weight.data[1, 2] = math.nan
     dead = quant.grouped(some.weight.detach() == 0, s).all(s.axis, keepdim=True)
     own = quantize(some.weight.detach(), s).scale
-    some.store_(stored)
-    none.store_(stored)
+    for layer in (some, none, bad):
+        layer.store_(stored)
     oracle = torch.where(dead, own[~dead].mean(), own)
     assert torch.allclose(some.scale, oracle, atol=0) and dead.any() == (s.group != 'tensor')
     assert torch.allclose(none.scale, torch.tensor(64 ** -0.5 / s.top))
+    assert dequantize(bad.stored_weight())[1, 2].isnan()
     none.weight.grad = normal(32, 64)
     Optimizer(torch.nn.Sequential(none), Config(code_lr=0.5)).step()
     assert 0.01 < dequantize(none.stored_weight()).abs().max() < 1.1 * 64 ** -0.5
@@ -486,10 +477,10 @@ def test_zeros_that_are_stored_get_a_scale_like_their_neighbours(stored):
 # ------------------------------------------------------------------------------------------------
 # the optimizer
 
-def pair(stored='', **keys):
+def pair(stored='', shape=(64, 128), **keys):
     """A Linear, its optimizer, and a step of it from a given gradient to the weight after it."""
-    layer = Linear(128, 64)
-    layer.weight.data = normal(64, 128) * 0.02
+    layer = Linear(*shape[::-1])
+    layer.weight.data = normal(*shape) * 0.02
     layer.store_(stored)
     config = Config(**{'weight_decay': 0.0, 'stored': stored, **keys})
     optimizer = Optimizer(torch.nn.Sequential(layer), config)
@@ -530,11 +521,12 @@ def test_quantized_states_stay_close_but_linear_v_explodes(m, v, size, error):
     assert share < error if error else share > 10
 
 
-@each('m', [*every(GRIDS, ['', 'row']), *FORMATS])
-def test_a_thousand_steps_without_gradients_leave_numbers(m):
-    _, optimizer, step = pair(adam_m=m, adam_v='rank1')
-    for i in range(1000 if 'fp' in m else 100):
-        w = step(normal(64, 128) * (i == 0))
+@each('m, keys', [*((m, {'adam_v': 'rank1'}) for m in [*every(GRIDS, ['', 'row']), *FORMATS]),
+                  ('', {'optimizer': 'muon'})])
+def test_a_thousand_steps_without_gradients_leave_numbers(m, keys):
+    _, optimizer, step = pair(adam_m=m, shape=(16, 32), **keys)
+    for i in range(1000):
+        w = step(normal(16, 32, seed=i) * (i < 3))
     assert w.isfinite().all() and all(t.float().isfinite().all() for t in state_of(optimizer))
 
 
@@ -589,7 +581,7 @@ def test_the_momentum_ramp_is_a_weighted_mean():
 
 
 def test_embeddings_and_norms_have_a_rate_of_their_own():
-    model = gpt('config/bitnet.py', learning_rate=1e-3, embedding_lr=0.5, weight_decay=0.0)
+    model = gpt(learning_rate=1e-3, embedding_lr=0.5, weight_decay=0.0)
     before = copy.deepcopy(model.state_dict())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -613,32 +605,35 @@ def test_no_flips_below_the_threshold():
 
 @each('tau', [0.0, 0.5])
 def test_evidence_is_used_up_and_scales_learn_downhill(tau):
-    layer, optimizer, step = pair(TERNARY, code_lr=0.5, threshold=tau, scale_lr=0.1)
-    q, s = levels(layer.stored_weight()), layer.scale.clone()
-    g = normal(64, 128, seed=1) + q                                     # dL/d log s = sum g w > 0
-    step(g)
-    moved = levels(layer.stored_weight()) != q
-    assert 0.1 < moved.float().mean() < 0.5
-    assert torch.allclose(state_of(optimizer)[0], torch.where(moved & (tau > 0), 0.0, 0.1 * g))
-    assert torch.allclose(layer.scale, s * math.exp(-0.1), rtol=1e-3)
+    """Whatever the size of gradients: Adam's step does not depend on it, or is 0 where g^2 is."""
+    for size in (1.0, 1e-12, 1e-22):
+        layer, optimizer, step = pair(TERNARY, code_lr=0.5, threshold=tau, scale_lr=0.1)
+        q, s = levels(layer.stored_weight()), layer.scale.clone()
+        g = size * (normal(64, 128, seed=1) + q)                        # dL/d log s = sum g w > 0
+        step(g)
+        moved = levels(layer.stored_weight()) != q
+        if size == 1:
+            assert 0.1 < moved.float().mean() < 0.5
+            assert torch.allclose(layer.scale, s * math.exp(-0.1), rtol=1e-3)
+        assert torch.allclose(state_of(optimizer)[0], torch.where(moved & (tau > 0), 0.0, 0.1 * g))
+        assert ((layer.scale / s).log().abs() <= 0.1001).all()
 
 
 @each('shape, m', [((64, 128), ''), ((128, 64), 'int8/row')])
 def test_muon_makes_the_singular_values_of_a_step_about_1(shape, m):
     """A step is .2 sqrt(max(out, in)) U p(S) V^T, where U S V^T = beta1 m + (1 - beta1) g, m with
     g in it, and p, an odd polynomial taken five times, is near 1, as in U V^T."""
-    net, held, size = torch.nn.Sequential(Linear(*shape[::-1])), 0, 0.2 * max(shape) ** 0.5
-    muon = Config(optimizer='muon', learning_rate=1.0, weight_decay=0.1, adam_m=m)
-    optimizer = Optimizer(net, muon)
+    layer, optimizer, step = pair('', shape, optimizer='muon', learning_rate=1.0, weight_decay=0.1,
+                                  adam_m=m)
+    w, held, size = layer.weight.detach().clone(), 0, 0.2 * max(shape) ** 0.5
     for g in (normal(*shape), normal(*shape, seed=1)):
-        before, net[0].weight.grad = net[0].weight.detach().clone(), g
-        optimizer.step()
         held = fake_quant(0.9 * held + 0.1 * g, m)
         U, p, Vt = torch.linalg.svd((0.9 * held + 0.1 * g).double(), full_matrices=False)
         p = p / p.norm()
         for _ in range(5):
             p = 3.4445 * p - 4.775 * p ** 3 + 2.0315 * p ** 5
-        ours = (0.9 * before - net[0].weight.detach()) / size           # 1 - lr decay = .9
+        old, w = w, step(g)
+        ours = (0.9 * old - w) / size                                   # 1 - lr decay = .9
         assert (ours - U * p @ Vt).abs().max() < (1e-2 if m else 1e-4)  # m is rounded after it
         assert (ours - U @ Vt).norm() == pytest.approx((p - 1).norm().item(), rel=1e-2)
         assert 0.6 < p.min() and p.max() < 1.3
@@ -701,18 +696,15 @@ def correlated(n, tokens=512, seed=3):
 
 def gptq_oracle(W, H, how, damping, act_order):
     """One column after the other in float64, by inverting H anew for those that are left."""
-    s, n = spec(how), W.shape[1]
-    scale = quantize(W, how).scale.expand_as(quant.grouped(W, s)).reshape(W.shape)
-    scale, left, H = scale.double().numpy(), W.double().numpy().copy(), H.double().numpy().copy()
-    H += damping * np.diag(H).mean() * np.eye(n)
-    order, codes = np.arange(n), np.zeros(W.shape)
-    if act_order:
-        order = np.argsort(-np.diag(H), kind='stable')
+    s, left, codes = spec(how), W.double(), torch.zeros(W.shape)
+    scale = quantize(W, how).scale.expand_as(quant.grouped(W, s)).reshape(W.shape).double()
+    H = H.double() + damping * H.diagonal().double().mean() * torch.eye(len(H))
+    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)
     for k, i in enumerate(order):
-        inverse = np.linalg.inv(H[np.ix_(order[k:], order[k:])])
-        codes[:, i] = np.clip(np.round(left[:, i] / scale[:, i]), *GRIDS[s.grid][1:3])
+        inverse = torch.linalg.inv(H[order[k:]][:, order[k:]])
+        codes[:, i] = (left[:, i] / scale[:, i]).round().clamp(*GRIDS[s.grid][1:3])
         error = (left[:, i] - scale[:, i] * codes[:, i]) / inverse[0, 0]
-        left[:, order[k:]] -= np.outer(error, inverse[0])
+        left[:, order[k:]] -= torch.outer(error, inverse[0])
     return codes
 
 
@@ -722,8 +714,8 @@ def test_gptq_is_its_definition_column_by_column(how, act_order):
     """Its error is smaller where H weighs it; rounding to nearest is nearer."""
     W, H = normal(24, 144), correlated(144)                 # more than one block of columns
     q, nearest = gptq(W, H, how, 0.01, act_order), quantize(W, how)
-    oracle, codes = gptq_oracle(W, H, how, 0.01, act_order), levels(q).numpy()
-    assert (codes == oracle).mean() > 0.99 and (codes != oracle).any(1).sum() <= 1  # a tie turned
+    differs = levels(q) != gptq_oracle(W, H, how, 0.01, act_order)
+    assert differs.float().mean() < 0.01 and differs.any(1).sum() <= 1      # a tie turned
     assert torch.equal(q.scale, nearest.scale)
     E, e = W - dequantize(q), W - dequantize(nearest)
     assert (E @ H * E).sum() < (e @ H * e).sum() and e.norm() < E.norm()
@@ -731,13 +723,17 @@ def test_gptq_is_its_definition_column_by_column(how, act_order):
 
 @each('how', ['int8/row', 'int4/row', 'int3/32', 'ternary/row', 'fp8/row'])
 def test_gptq_rounds_channels_without_correlations_or_data_to_nearest(how):
-    W, H, dead = normal(16, 160), correlated(160), torch.tensor([0, 7, 39])
+    """And a group of zeros stays zero, also when it is stored."""
+    W, H, dead, layer = normal(16, 160), correlated(160), torch.tensor([0, 7, 39]), Linear(160, 16)
+    W[2, 64:96] = 0
     for act_order in (False, True):
         q = gptq(W, torch.diag(0.1 + normal(160, seed=1).abs()), how, act_order=act_order)
         assert all(map(torch.equal, q[:2], quantize(W, how)[:2]))
     H[dead] = H[:, dead] = 0
     same = levels(gptq(W, H, how)) == levels(quantize(W, how))
     assert same[:, dead].all() and not same.all()
+    layer.store_(how, gptq(W, H, how))
+    assert 'row' in how or not dequantize(layer.stored_weight())[2, 64:96].any()
     for bad in (correlated(160, tokens=8), torch.full((160, 160), math.nan), -torch.eye(160) + 1):
         with pytest.raises(ValueError, match='more sequences, or more damping'):
             gptq(W, bad, how, damping=0)
@@ -766,22 +762,11 @@ def test_gptq_goes_through_the_model_layer_by_layer(flavour):
 # ------------------------------------------------------------------------------------------------
 # the model
 
-@functools.cache
-def parsed(*args):
-    return train.parse(list(args))
-
-
-def config(*args, **keys):
-    """A small Config: flags as on the command line, and fields."""
+def gpt(**keys):
     small = {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'hidden': 128, 'block_size': 32}
-    return replace(parsed(*args), **{**small, **keys})
-
-
-def gpt(*args, **keys):
-    c = config(*args, **keys)
     torch.manual_seed(0)
-    model = GPT(c, 64)
-    rtn_(model, c.stored)
+    model = GPT(Config(**{**small, **keys}), 64)
+    rtn_(model, model.config.stored)
     return model
 
 
@@ -915,23 +900,16 @@ def test_generated_code_is_eager():
 @pytest.fixture
 def capture(monkeypatch):
     """torch.compile captures whole graphs but generates no code, and counts them."""
+    graphs, compile, eager = [], torch.compile, torch._dynamo.backends.debugging.aot_eager
+    backend = lambda graph, inputs: graphs.append(graph) or eager(graph, inputs)
+    monkeypatch.setattr(torch, 'compile', lambda f=None, dynamic=False, **options: compile(
+        f, backend=backend, fullgraph=True, dynamic=dynamic))
     torch._dynamo.reset()
-    graphs, compile = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
-
-    def whole(f=None, **options):
-        return compile(f, backend=backend, fullgraph=True, dynamic=options.get('dynamic', False))
-
-    monkeypatch.setattr(torch, 'compile', whole)
     return graphs
 
 
-@each('args', [
-    ['config/everything.py'], ['config/w8a8g8.py', '--adam_m=int4/64/sqrt', '--adam_v=rank1'],
-    ['config/bitnet.py', '--optimizer=muon']], ids=str)
+@each('args', [['config/everything.py', '--adam_v=rank1'], [
+    'config/bitnet.py', '--optimizer=muon', '--adam_m=int4/64/sqrt']], ids=str)
 def test_compiled_is_eager(args, small, capture):
     """Whole graphs, equal bits. Nothing is compiled after the third step: neither another learning
     rate nor other noise, nor an evaluation in between, makes new code."""
@@ -951,6 +929,12 @@ def test_compiled_is_eager(args, small, capture):
 # ------------------------------------------------------------------------------------------------
 # train.py: the command line
 
+SMALL = ('--n_layer=2 --n_head=2 --n_embd=64 --hidden=64 --block_size=32 --batch_size=4 '
+         '--grad_accum=1 --max_iters=6 --warmup_iters=2 --eval_interval=3 --log_interval=1 '
+         '--eval_tokens=256 --final_tokens=1024 --sample_tokens=8 --dtype=float32 --device=cpu'
+         ).split()
+
+
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch):
     monkeypatch.chdir(ROOT)             # where config/ is
@@ -966,13 +950,6 @@ def error(*args, when=train.main):
     return says
 
 
-def flags_of(data, folder):
-    return [f'--dataset={data}', f'--out_dir={folder}', '--n_layer=2', '--n_head=2', '--n_embd=64',
-            '--hidden=64', '--block_size=32', '--batch_size=4', '--grad_accum=1', '--max_iters=6',
-            '--warmup_iters=2', '--eval_interval=3', '--log_interval=1', '--eval_tokens=256',
-            '--final_tokens=1024', '--sample_tokens=8', '--dtype=float32', '--device=cpu']
-
-
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
     """A dataset of bytes made of this repository's own sources."""
@@ -985,15 +962,15 @@ def data(tmp_path_factory):
 @pytest.fixture
 def small(data, tmp_path):
     """Flags of a run that takes a second."""
-    return flags_of(data, tmp_path / 'run')
+    return [*SMALL, f'--dataset={data}', f'--out_dir={tmp_path}/run']
 
 
 @pytest.fixture(scope='session')
 def full(data, tmp_path_factory):
     """The folder of a run in full precision."""
     folder = tmp_path_factory.mktemp('full')
-    train.main([*flags_of(data, folder), '--max_iters=60', '--eval_interval=60',
-                '--learning_rate=1e-2', '--compile=no'])
+    train.main([*SMALL, f'--dataset={data}', f'--out_dir={folder}', '--compile=no',
+                '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2'])
     return folder
 
 
@@ -1008,8 +985,8 @@ def checkpoint(folder):
 def equal(a, b):
     """Equal checkpoints, bit for bit; how long they took aside."""
     if isinstance(a, dict):
-        keys = a.keys() - {'seconds', 'config'}
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in keys)
+        a, b = ({k: v for k, v in x.items() if k not in ('seconds', 'config')} for x in (a, b))
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -1021,37 +998,37 @@ def equal(a, b):
     ('--n_layer=True', 'must be an int'), ('--bias=1', 'must be a bool'), ('-x', 'look like'),
     ('--learning_rate=fast', 'must be a float'), ('--learning_rate=1/0', 'must be a float'),
     ('--batch_size=-1', 'batch_size = -1'), ('--beta2=1', 'beta2 = 1'), ('--beta2=0', 'beta2 = 0'),
-    ('--weights=int9', "weights: spec 'int9'"), ('--adam_v=int8/int8', 'adam_v: spec'),
-    ('--dtype=float8', 'auto'), ('--learning_rate', 'look like'), ('nowhere.py', 'cannot read'),
+    ('--weights=int9', "weights: spec 'int9'"), ('nowhere.py', 'cannot read'),
     ('--learning_rate=nan', 'must be a float'), ('--seed=-1', 'seed = -1'), ('no.pt', 'no checkp'),
     ('--max_iters=__import__("os").getpid()', 'must be an int'), ('--min_lr=2', 'min_lr = 2'),
-    ('--max_iters=9**9**9', 'must be an int'), ('--ptq=gtpq', 'gptq'), ('--n_layer=2**70', 'n_l'),
-    ('--ptq=rtn', 'stored'), ('--sequences=-1', 'sequences = -1'), ('--compile=maybe', 'auto'),
-    ('--optimizer=sgd', 'muon'), ('--checkpoint=x.pt', 'unknown key'),
+    ('--max_iters=9**9**9', 'must be an int'), ('--n_layer=2**70', 'n_layer = '),
+    ('--checkpoint=x.pt', 'unknown key'), ('--device=cuda:9', 'use --device=auto'),
+    *((f'--{key}=x', f"{key} = 'x': use ") for key in train.CHOICES),
     # what does not fit together
     ('--n_head=3', 'n_head = 3'), ('--n_head=4 --n_kv_head=3', 'n_kv_head = 3'),
     ('--flavour=bert', 'gpt2 or llama'), ('--bias=True', 'no bias'),
     *((f'--{key}=int8/48', 'blocks of 48 do not divide a last axis of') for key in train.SPECS),
     ('--kv_cache=int8/tensor', 'grow token by token'), ('--adam_m=uint8/row', 'no negatives'),
     ('--kv_cache=int8/row/stochastic', 'nearest'), ('--compute=codes', 'give weights'),
-    ('--adam_v=int8/row/hadamard', 'must stay positive'), ('--tied=2', 'a bool'),
+    ('--adam_v=int8/row/hadamard', 'must stay positive'),
     ('--gradients=nvfp4 --backward=requantize --block_size=25 --batch_size=1', 'blocks of 16 do'),
     ('--optimizer=muon --stored=int8', 'muon'), ('--code_lr=.1 --stored=bf16', 'bf16'),
     ('--update_in_backward=True --grad_accum=2', 'grad_accum = 1'),
     *((f'--stored={bad}', 'symmetric, signed, linear') for bad in (
         'int8/asymmetric', 'uint8/asymmetric', 'int8/sqrt', *FORMATS, 'int4/row/hadamard')),
     # keys that do nothing
-    ('--code_lr=0.1', 'without stored'), ('--scale_lr=0.1', 'without code_lr'),
-    ('--flavour=gpt2 --rope_theta=5.', 'without flavour'), ('--damping=.1', 'without ptq'),
-    ('--quantize_head=True', 'without weights'), ('--act_order=True', 'without ptq'),
-    ('--gradients_in=dx', 'gradients'), ('--backward=fold', 'gradients'),
-    ('--optimizer=muon --adam_v=rank1', 'adam_v'), ('--sample_tokens=0 --prompt=x', 'sample'),
-    ('--optimizer=muon --threshold=1.', 'threshold'),
+    *(('--' + flag, 'does nothing without ' + key) for flag, key in (
+        ('code_lr=0.1', 'stored'), ('scale_lr=0.1', 'code_lr'), ('damping=.1', 'ptq = gptq'),
+        ('flavour=gpt2 --rope_theta=5.', 'flavour = llama'), ('quantize_head=True', 'weights or'),
+        ('act_order=True', 'ptq'), ('optimizer=muon --adam_v=rank1', 'optimizer = adamw'),
+        ('ptq=rtn', 'stored'), ('sample_tokens=0 --prompt=x', 'sample_tokens'),
+        ('optimizer=muon --threshold=1.', 'optimizer = adamw'))),
+    ('--gradients_in=dx', 'give gradients'), ('--backward=fold', 'does nothing without weights'),
     # what is not there
-    ('config/qaft.py', 'needs a checkpoint'), ('--eval_only=True', 'needs a checkpoint'),
-    ('config/gptq.py --sequences=8', 'needs a checkpoint'), ('--init_from=checkpoint', 'checkpo'),
-    ('--dataset=nowhere', "no dataset 'nowhere'"), ('--block_size=9999 --batch_size=1', 'lower'),
-    ('--dataset=openwebtext', 'python data/openwebtext/prepare.py'), ('--device=cuda:9', 'auto')])
+    *((args, 'needs a checkpoint') for args in ('config/qaft.py', 'config/gptq.py --sequences=8',
+      '--eval_only=True', '--init_from=checkpoint')), ('--dataset=nowhere', "dataset 'nowhere'"),
+    ('--block_size=9999 --batch_size=1', 'lower block_size'),
+    ('--dataset=openwebtext', 'python data/openwebtext/prepare.py')])
 def test_a_bad_flag_is_one_clear_line(flags, says, small, tmp_path):
     assert says in error(*small, *flags.split()) and not (tmp_path / 'run').exists()
 
@@ -1095,7 +1072,9 @@ def test_configs_are_short_and_fit_every_size():
     for path in CONFIGS:
         lines = path.read_text(encoding='utf-8').splitlines()
         assert lines[0].startswith('# ') and sum(not x.startswith('#') for x in lines) <= 14
-    for size, name in itertools.product(SIZES, STRATEGIES):             # each has a dry run
+    # a dry run each; of the sizes, 1600 = 25 x 64 is what blocks divide least
+    for size, name in {*((size, 'everything') for size in SIZES),
+                       *(('gpt2_xl', name) for name in STRATEGIES)}:
         train.parse([f'config/{size}.py', f'config/{name}.py', '--batch_size=1'])
     assert {*STRATEGIES} >= {*(
         'baseline w8 w4 a8 a4 g8 w8a8 w8a8g8 w4a4 w4a4g4 adam8 adam4 kv4 bitnet ternary gptq qaft '
@@ -1191,68 +1170,43 @@ def test_a_closed_stdout_loses_nothing(small, tmp_path):
     assert checkpoint(tmp_path / 'run')['iter'] == 6 and log_of(tmp_path / 'run')[-1]['done']
 
 
-@each('sequences, size', [(0, 31), (6, 6)])
-def test_every_epoch_has_each_window_once(sequences, size):
-    """Without replacement: of all windows of the data, or of so many, in an order that is a
-    function of (seed, step), whatever share of a step ranks and micro-steps take."""
-    c = config(sequences=sequences, batch_size=4, grad_accum=2)
-
-    def starts(steps=range(4 * size), world=1, **keys):
-        return np.concatenate([train.window_starts(replace(c, **keys), step, 1000, world).ravel()
-                               for step in steps])
-    epochs = starts().reshape(32, size)
-    assert all(set(epoch) == set(epochs[0]) for epoch in epochs) and len(set(epochs[0])) == size
-    assert all(start % 32 == 0 and 0 <= start < 1000 - 32 for start in epochs[0])
-    for other in (epochs[1], starts(seed=1)[:size]):
-        assert not np.array_equal(epochs[0], other)
-    assert np.array_equal(starts(), starts(weights='int8', eval_interval=7))
-    for split in ({'grad_accum': 1, 'batch_size': 8}, {'world': 2, 'grad_accum': 1},
-                  {'world': 4, 'batch_size': 1}, {'grad_accum': 8, 'batch_size': 1}):
-        assert np.array_equal(starts(), starts(**split))
-
-
-@each('strategy', ['baseline', 'ternary', 'adam4', 'dqt_paper', 'everything'])
+@each('strategy', ['ternary', 'adam4', 'dqt_paper'])
 def test_update_in_backward_is_the_same_training(strategy, small, tmp_path, monkeypatch):
     """Without clipping, bit for bit. No gradient is held at the end, and weights, states and
     gradients of ternary never take two bytes a weight."""
     peaks, update = [], train.Run.update
     monkeypatch.setattr(train.Run, 'update', lambda run, *args: peaks.append(sum(bytes_held(
         run.model, run.optimizer)['linear'].values())) or update(run, *args))
-    args = [f'config/{strategy}.py', *small, '--grad_clip=0', '--n_layer=4', '--n_embd=128',
-            '--hidden=384', '--max_iters=3']
     for name, flag in (('a', False), ('b', True)):
-        train.main([*args, f'--update_in_backward={flag}', f'--out_dir={tmp_path / name}'])
-    a, b = (checkpoint(tmp_path / name) for name in 'ab')
-    assert equal(a['model'], b['model']) and equal(a['optimizer'], b['optimizer'])
-    gradients = [log_of(tmp_path / name)[-1]['bytes']['linear']['gradients'] for name in 'ab']
-    assert gradients == [4, 0] and peaks and (strategy != 'ternary' or max(peaks) < 2)
+        train.main([f'config/{strategy}.py', *small, '--grad_clip=0', '--n_layer=4',
+                    '--n_embd=128', '--hidden=384', '--max_iters=3',
+                    f'--update_in_backward={flag}', f'--out_dir={tmp_path}/{name}'])
+    ends, logs = zip(*((checkpoint(tmp_path / name), log_of(tmp_path / name)) for name in 'ab'))
+    assert all(equal(*(end[part] for end in ends)) for part in ('model', 'optimizer'))
+    assert [log[-1]['bytes']['linear']['gradients'] for log in logs] == [4, 0]
+    assert peaks and (strategy != 'ternary' or max(peaks) < 2)
 
 
 def test_two_processes_are_one_with_twice_the_batch(small, tmp_path):
-    names, script = ('ternary', 'dqt_paper', 'w8a8'), tmp_path / 'ranks.py'
-    script.write_text("""import sys, torch, torch.distributed as dist, train
-dist.init_process_group('gloo')
-dist.init_process_group = dist.destroy_process_group = lambda *_: None      # for all runs
-whole = train.Run.finish
-def finish(run):        # every rank leaves what it ends with
-    whole(run)
+    one, two, script = tmp_path / 'one', tmp_path / 'two', tmp_path / 'ranks.py'
+    script.write_text("""import sys, torch, train
+finish = train.Run.finish
+def keep(run):          # every rank leaves what it ends with
+    finish(run)
     torch.save(run.model.state_dict(), f'{run.config.out_dir}/rank{run.rank}')
-train.Run.finish = finish
-for name in sys.argv[2].split(','):
-    train.main([f'config/{name}.py', *sys.argv[3:], f'--out_dir={sys.argv[1]}/{name}'])
+train.Run.finish = keep
+train.main(sys.argv[1:])
 """)
-    small += ['--sample_tokens=0', '--compile=no']
+    flags = ['config/ternary.py', *small, '--sample_tokens=0', '--compile=no']
     done = run('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', str(script),
-               str(tmp_path), ','.join(names), *small, PYTHONPATH=str(ROOT))
+               *flags, f'--out_dir={two}', PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in names:
-        one, two = tmp_path / f'1{name}', tmp_path / name
-        train.main([f'config/{name}.py', *small, '--batch_size=8', f'--out_dir={one}'])
-        assert equal(*(torch.load(two / f'rank{r}', weights_only=True) for r in (0, 1)))
-        for a, b in zip(log_of(one), log_of(two)):
-            assert a.keys() == b.keys() and a.get('world', 1) == b.get('world', 2) - 1
-            for key in {'train_loss', 'val_loss', 'tokens'} & a.keys():
-                assert a[key] == pytest.approx(b[key], abs=2e-3)
+    train.main([*flags, '--batch_size=8', f'--out_dir={one}'])
+    assert equal(*(torch.load(two / f'rank{r}', weights_only=True) for r in (0, 1)))
+    for a, b in zip(log_of(one), log_of(two)):
+        assert a.keys() == b.keys() and a.get('world', 1) == b.get('world', 2) - 1
+        for key in {'train_loss', 'val_loss', 'tokens'} & a.keys():
+            assert a[key] == pytest.approx(b[key], abs=2e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, full, tmp_path):
@@ -1375,8 +1329,8 @@ def test_what_cannot_be_quantized_after_training(small, full, tmp_path):
             ([*gptq, '--sequences=1000000'], 'ask for fewer'),
             ([*qaft, '--sequences=1000000'], 'ask for fewer'),
             ([*gptq, '--sequences=1', '--damping=0'], 'more sequences, or more damping'),
-            ([*gptq, '--stored=int4/48'], 'blocks of 48 do'), ([*gptq, '--stored=nvfp4'], 'sto'),
-            ([*gptq, '--stored=bf16'], 'bf16'), ([*gptq, '--stored=int4/asymmetric'], 'stored')):
+            ([*gptq, '--stored=int4/48'], 'blocks of 48 do'), ([*gptq, '--stored=bf16'], 'bf16'),
+            ([*gptq, '--stored=nvfp4'], 'symmetric, signed')):
         assert says in error(*args) and not (tmp_path / 'run').exists()
     train.main([*map(str, [gptq[0], 'config/ternary.py', *small]), '--max_iters=1'])
     for stored in ('int4/row', TERNARY):
@@ -1386,32 +1340,6 @@ def test_what_cannot_be_quantized_after_training(small, full, tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # data
-
-@each('name, change, says', [
-    ('meta.json', None, 'no dataset'), ('val.bin', None, 'cannot read the dataset'),
-    ('train.bin', lambda old: b'123', 'truncated'), ('meta.json', lambda old: b'[]', 'cannot'),
-    ('meta.json', lambda old: old.replace(b'_size": 256', b'_size": 0'), 'vocab_size = 0'),
-    ('train.bin', lambda old: b'\xff' * len(old), 'beyond its vocabulary')])
-def test_bad_data(name, change, says, small, data, tmp_path):
-    path = shutil.copytree(data, tmp_path / 'data') / name
-    path.write_bytes(change(path.read_bytes())) if change else path.unlink()
-    assert says in error(*small, f'--dataset={path.parent}')
-
-
-def test_a_damaged_meta_json_is_one_line_or_works(tmp_path):
-    text, numbers = (ROOT / 'quant.py').read_text(encoding='utf-8'), random.Random(0)
-    prepare(tmp_path, 'x', [('train', text), ('val', text[:4000])], 300)
-    whole = (tmp_path / 'meta.json').read_bytes()
-    for _ in range(30):
-        damaged = bytearray(whole)
-        damaged[numbers.randrange(len(whole))] = numbers.randrange(256)
-        (tmp_path / 'meta.json').write_bytes(damaged)
-        try:
-            _, val, meta = train.load_data(config(dataset=str(tmp_path)), 0)
-            assert encoding(meta).encode_ordinary(encoding(meta).decode(val.tolist()))
-        except SystemExit as e:
-            assert e.code.startswith('error: cannot read the dataset') and '\n' not in e.code
-
 
 def test_a_name_is_a_folder_in_data_and_a_path_is_a_path(small, data, tmp_path, monkeypatch):
     """./python in the current folder is not the dataset python."""
@@ -1435,102 +1363,6 @@ def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
     train.main([str(path), *small, f'--dataset={tmp_path}/c', new, '--max_iters=1'])
 
 
-def test_bpe_and_bytes_give_the_text_back():
-    text = (ROOT / 'quant.py').read_text(encoding='utf-8') + 'äöü €\r\n\t  <|endoftext|>'
-    for vocab in (256, 400):
-        tokenizer = make_tokenizer(vocab, text)
-        enc = encoding(tokenizer)
-        ids = enc.encode_ordinary(text)
-        assert max(ids) < tokenizer['vocab_size'] == enc.n_vocab == vocab
-        assert enc.decode(ids) == text and json.loads(json.dumps(tokenizer)) == tokenizer
-    ranks = train_bpe(text, 400)
-    assert ranks[:256] == [bytes([b]) for b in range(256)] and max(map(len, ranks)) <= 16
-    assert ranks == train_bpe(text, 400) and len(set(ranks)) == 400
-    pairs = [a + b for word in ('aab', 'aab', 'aac') for a, b in zip(word, word[1:])]
-    assert train_bpe('aab aab aac', 257)[256].decode() == max(sorted(set(pairs)), key=pairs.count)
-
-
-def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):
-    for name, content in (('a.py', b'fine'), ('b.py', b'k\xf6stlich'), ('c.py', b'')):
-        (tmp_path / name).write_bytes(content)
-    assert read_files(tmp_path) == [('a.py', 'fine')]
-    assert 'not UTF-8: 1, such as b.py' in capsys.readouterr().out
-    for vocab in ('255', '2000000', 'abc'):
-        with pytest.raises(SystemExit, match='256'):
-            prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], vocab)
-    assert not (tmp_path / 'meta.json').exists()
-
-
-def test_a_vocabulary_beyond_16_bits(tmp_path):
-    letters = [bytes([65 + i % 26 + 32 * (i // 26)]) for i in range(52)]
-    words = [b''.join(t) for n in (2, 3) for t in itertools.product(letters, repeat=n)]
-    ranks, text = [bytes([b]) for b in range(256)] + words[:70_000], words[69_999].decode() * 50
-    tokenizer = tokenizer_dict('bpe', PATTERN, ranks, EOT)
-    write(tmp_path, 'x', tokenizer, [('train', text), ('val', text)], math.inf)
-    ids, _, meta = train.load_data(config(dataset=str(tmp_path)), 0)
-    assert ids.dtype == np.uint32 and meta['vocab_size'] == 70_257 and max(ids) == 70_256
-    assert encoding(meta).decode(ids[:-1].tolist()) == text
-    x, y = train.to_batch(ids, [0, 8], 8, meta['vocab_size'], torch.device('cpu'))
-    assert x.shape == (2, 8) and torch.equal(x[:, 1:], y[:, :-1])
-
-
-# ------------------------------------------------------------------------------------------------
-# convert/hf.py
-
-@pytest.fixture
-def theirs(tmp_path):
-    """A random GPT2LMHeadModel with a tokenizer of a few merges, in a folder; (model, folder)."""
-    transformers = pytest.importorskip('transformers')
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    merges = ['t h', 'th e', 'i n', 'Ġ the', 'r e', 'e r']
-    words = [*bytes_to_unicode().values(), *(m.replace(' ', '') for m in merges), '<|endoftext|>']
-    vocab = {word: i for i, word in enumerate(words)}
-    (tmp_path / 'vocab.json').write_text(json.dumps(vocab), encoding='utf-8')
-    (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]), encoding='utf-8')
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=len(vocab), n_positions=32, n_embd=64, n_layer=2, n_head=2, n_inner=96,
-        layer_norm_epsilon=1e-3, bos_token_id=262, eos_token_id=262)).eval()
-    for p in model.parameters():                # biases and gains that do something
-        p.data += 0.02 * torch.randn_like(p)
-    model.save_pretrained(tmp_path)
-    return model, tmp_path
-
-
-def test_a_gpt2_of_transformers_is_the_same_function_here(theirs, tmp_path):
-    theirs, folder = theirs
-    hf.main([str(folder), str(tmp_path / 'ckpt.pt')])
-    found = checkpoint(tmp_path)
-    ours = GPT(Config(**found['config']), 320)                          # 263, a multiple of 64
-    ours.load_state_dict(found['model'])
-    x = torch.randint(263, (2, 32), generator=torch.Generator().manual_seed(1))
-    logits = ours.eval()(x)
-    assert torch.allclose(logits[..., :263], theirs(x).logits, atol=1e-4)
-    # padding: e^logit is no more than the mean of the others', by Jensen
-    mean = logits[..., :263].logsumexp(-1, keepdim=True) - math.log(263)
-    assert (logits[..., 263:] <= mean + 1e-5).all()
-    assert encoding(found['tokenizer']).encode_ordinary('rein the') == [260, 258, 259]
-    assert found['tokenizer']['special'] == {'<|endoftext|>': 262}
-
-
-@each('file, change, says', [
-    *(('config.json', lambda text, new=new: json.dumps(json.loads(text) | new), says)
-      for new, says in (({'activation_function': 'relu'}, 'function is relu'),
-                        ({'n_layer': 3}, 'no weights'), ({'model_type': 'gpt_neo'}, 'gpt_neo'),
-                        ({'scale_attn_by_inverse_layer_idx': True}, 'inverse_layer'),
-                        ({'vocab_size': 200}, '263 tokens'))),
-    ('merges.txt', lambda text: '\n'.join(text.split('\n')[::-1]), 'no tokenizer')])
-def test_a_model_of_transformers_that_is_not_like_ours(file, change, says, theirs, tmp_path):
-    _, folder = theirs
-    path = folder / file
-    path.write_text(change(path.read_text(encoding='utf-8')), encoding='utf-8')
-    with pytest.raises(SystemExit, match=says):
-        hf.main([str(folder), str(tmp_path / 'ckpt.pt')])
-    assert not (tmp_path / 'ckpt.pt').exists()
-    with pytest.raises(SystemExit, match='exists'):
-        hf.main([str(folder), str(path)])
-
-
 # ------------------------------------------------------------------------------------------------
 # what the README says
 
@@ -1542,7 +1374,7 @@ def run(*args, **env):
 
 def test_the_commands_of_the_readme(tmp_path):
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert 'train.py config/ternary.py' in text and 'pytest -q test_quant.py' in text
+    assert 'train.py config/ternary.py' in text and 'python -m pytest -q' in text
     for command in re.findall(r'train\.py ([^\n`|]*)', text):
         words = command.split('#')[0].split('&&')[0].split()            # what it names is there
         given = [word for word in words if word.startswith(('config/', '--'))]

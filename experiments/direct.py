@@ -88,13 +88,8 @@ EMBEDDINGS = {  # the rates of stored codes on their own grid, and under a terna
     'gpt2': ('6e-4', '6e-4')}
 
 
-def rows(size='small'):
-    """{section: {name: keys for train.py}}"""
-    hard = {name: f'{CONFIGS[name]} {TRIES[size][name][0]}' for name in (TERNARY, BITNET, BASE)}
-    tune = {f'{name}, {more}': f'{CONFIGS[name]} {more}'
-            for name, tries in TRIES[size].items() for more in tries}
-    in_weight_space = 'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0'
-
+def stored(size):
+    """{grid: keys} of codes on their own grid, and under a ternary forward."""
     # a ternary forward wants longer steps; absmean has a wide range, 11 times mean |w|; bf16 has
     # no codes to count in
     grids = {  # stored as: (Spec, code_lr on its own grid, and under a ternary forward)
@@ -109,6 +104,17 @@ def rows(size='small'):
             # the threshold is for evidence on few levels
             found[grid] = f'init_gain=0 threshold=0 ramp=20 embedding_lr={embedding} ' \
                 f'stored={how} code_lr={rate}'
+    return own, ternary
+
+
+def rows(size='small'):
+    """{section: {name: keys for train.py}}"""
+    hard = {name: f'{CONFIGS[name]} {TRIES[size][name][0]}' for name in (TERNARY, BITNET, BASE)}
+    tune = {f'{name}, {more}': f'{CONFIGS[name]} {more}'
+            for name, tries in TRIES[size].items() for more in tries}
+    in_weight_space = 'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0'
+
+    own, ternary = stored(size)
     changes = {     # against direct ternary
         'controls': {
             'round to nearest': 'stored=ternary/row/absmean',

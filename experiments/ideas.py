@@ -23,46 +23,50 @@ from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, moments, p
                    round_to, stream)
 
 
-def direct_step(idea, w, g, m, v, log_s, h, h_s, key):
-    """quant.direct_step, and in it the ideas that change what a step does to codes and m."""
-    h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
-    g, q, m_old = h.clip * g.float(), levels(w), dequantize(m)          # (out, in) all
-    if idea == 'estimated':
-        h = h._replace(tau=torch.zeros_like(h.tau))
-    m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
-    if idea == 'sign':
-        r = m_new.sign()
-    elif idea == 'muon':
-        r = orthogonal(m_new)
-    elif idea == 'estimated':
-        # of normal noise half lies within .6745 deviations
-        r = (r.abs() - r.abs().median() / 0.6745).clamp(min=0).copysign(r)
-    elif idea == 'squared':
-        r = r * r.abs()
+def direct_step(idea):
+    """quant.direct_step, and in it an idea that changes what a step does to codes and m."""
+    def step(w, g, m, v, log_s, h, h_s, key):
+        h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
+        g, q, m_old = h.clip * g.float(), levels(w), dequantize(m)      # (out, in) all
+        if idea == 'estimated':
+            h = h._replace(tau=torch.zeros_like(h.tau))
+        m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
+        if idea == 'sign':
+            r = m_new.sign()
+        elif idea == 'muon':
+            r = orthogonal(m_new)
+        elif idea == 'estimated':
+            # of normal noise half lies within .6745 deviations
+            r = (r.abs() - r.abs().median() / 0.6745).clamp(min=0).copysign(r)
+        elif idea == 'squared':
+            r = r * r.abs()
 
-    wanted = q - h.lr * s.top * r
-    new = round_to(wanted, s, key)
-    if idea == 'sticky':
-        weak = (m_old * q > 0) & (m_old.abs() < 3 * m_old.abs().mean())
-        new = torch.where(weak & (new == 0), q, new)
-    moved = new != q
-    if idea != 'kept':
-        m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
-    if idea == 'feedback':
-        # m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr
-        unit = h.bias1 / h.bias2.sqrt() * dequantize(v_new).sqrt() * (1 - h.beta1)
-        left = wanted.clamp(GRIDS[s.grid].low, GRIDS[s.grid].high) - new
-        m_new = m_new - left * unit / (h.lr * s.top)
+        wanted = q - h.lr * s.top * r
+        new = round_to(wanted, s, key)
+        if idea == 'sticky':
+            weak = (m_old * q > 0) & (m_old.abs() < 3 * m_old.abs().mean())
+            new = torch.where(weak & (new == 0), q, new)
+        moved = new != q
+        if idea != 'kept':
+            m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
+        if idea == 'feedback':
+            # m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr
+            unit = h.bias1 / h.bias2.sqrt() * dequantize(v_new).sqrt() * (1 - h.beta1)
+            left = wanted.clamp(GRIDS[s.grid].low, GRIDS[s.grid].high) - new
+            m_new = m_new - left * unit / (h.lr * s.top)
 
-    slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
-    m_s, v_s = log_s
-    m_s.lerp_(slope, 1 - h_s.beta1)
-    v_s.lerp_(slope ** 2, 1 - h_s.beta2)
-    w.scale.mul_((-h_s.lr * m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-30)).exp())
-    w.codes.copy_(pack(encode(new, s), s))
-    put(m, quantize(m_new, m.spec, stream(key, 1)))
-    put(v, v_new)
-    return moved.sum()
+        slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
+        m_s, v_s = log_s
+        m_s.lerp_(slope, 1 - h_s.beta1)
+        v_s.lerp_(slope ** 2, 1 - h_s.beta2)
+        r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
+        w.scale.mul_((-h_s.lr * r_s).exp())
+        w.codes.copy_(pack(encode(new, s), s))
+        put(m, quantize(m_new, m.spec, stream(key, 1)))
+        put(v, v_new)
+        return moved.sum()
+
+    return step
 
 
 def orthogonal(m):
@@ -74,11 +78,6 @@ def orthogonal(m):
         x = 3.4445 * x + (-4.775 * y + 2.0315 * y @ y) @ x
     x = x * max(x.shape) ** 0.5
     return x if m.shape[0] <= m.shape[1] else x.T
-
-
-def inside(idea):
-    """direct_step with an idea, of the arguments of quant.direct_step."""
-    return lambda *args: direct_step(idea, *args)
 
 
 def attention(optimizer, name):
@@ -104,7 +103,7 @@ def growth(run):
 
 apply, forward_backward = quant.Optimizer.apply, train.Run.forward_backward
 PATCHES = {  # idea: (where, what, by what)
-    **{idea: (quant, 'direct_step', inside(idea)) for idea in (
+    **{idea: (quant, 'direct_step', direct_step(idea)) for idea in (
         'sign', 'muon', 'estimated', 'kept', 'feedback', 'squared', 'sticky')},
     'attention': (quant.Optimizer, 'apply', attention),
     'growth': (train.Run, 'forward_backward', growth)}

@@ -341,11 +341,23 @@ def draw_losses(results, sections, path):
     fig.savefig(path, dpi=130)
 
 
+def short_names(layers):
+    return [n.replace('attn.', '').replace('c_attn', 'qkv').replace('mlp.c_fc', 'fc')
+            .replace('mlp.c_proj', 'down').replace('c_proj', 'out') for n in layers]
+
+
 def draw_analysis(found, path):
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
     fig, ((a, b, c), (d, e, f)) = pyplot.subplots(2, 3, figsize=(15, 8.5), layout='constrained')
+    draw_layers(found, a, b, c)
+    draw_models(found, d, e, f)
+    fig.savefig(path, dpi=110)
+
+
+def draw_layers(found, a, b, c):
+    """Outliers of each layer, what 4 bits do to it, and what quantizing does to its dw."""
     for name, channels in found['outliers'].items():
         kind = name.split('.', 1)[1]
         color = {'attn.c_attn': 'C0', 'attn.c_proj': 'C1', 'mlp.c_fc': 'C2', 'mlp.c_proj': 'C3'}
@@ -359,8 +371,7 @@ def draw_analysis(found, path):
     a.minorticks_off()
     a.legend(fontsize=8)
     places = range(len(found['layers']))
-    short = [n.replace('attn.', '').replace('c_attn', 'qkv').replace('mlp.c_fc', 'fc')
-             .replace('mlp.c_proj', 'down').replace('c_proj', 'out') for n in found['layers']]
+    short = short_names(found['layers'])
     for k, offset in (('weights', -0.2), ('activations', 0.2)):
         b.bar([p + offset for p in places], [found['snr'][n][k] for n in found['layers']], 0.4,
               label=f'int4 {k}, one scale per row')
@@ -374,6 +385,11 @@ def draw_analysis(found, path):
           ylabel='1 - cosine to the full-precision gradient', yscale='log', ylim=(3e-8, 1))
     c.set_xticks(places, short, rotation=90, fontsize=7)
     c.legend(fontsize=8, ncols=2, loc='lower center')
+
+
+def draw_models(found, d, e, f):
+    """Gradients that become zero, sharpness, and the memory of a step."""
+    short = short_names(found['layers'])
     for how, values in found['zeros'].items():
         d.plot(range(len(values)), [100 * v for v in values.values()], 'o-', ms=3, label=how)
     d.set(title='Gradients that rounding to nearest makes zero', ylabel='%')
@@ -396,7 +412,6 @@ def draw_analysis(found, path):
           yscale='log', ylim=(0.3, 1e4))
     f.set_xticks(range(len(names)), names, rotation=20, ha='right', fontsize=8)
     f.legend(fontsize=8)
-    fig.savefig(path, dpi=110)
 
 
 def main(options):

@@ -265,15 +265,23 @@ def predictions(loss, survey):
                 holds((1 - ratio[bits]) * (1 if bits > 4 else -1)))
     rank = ranks(list(ratio.values()), [loss[bits, 'RTN'][0] for bits in BITS])
     say('P5', 'rank correlation of r / R with the loss of RTN', rank, at_least(rank, 0.9))
+    found['P6'] = slopes(loss, survey)
+    return found
+
+
+def slopes(loss, survey):
+    """Parts of P6: the rise of the loss a unit of distance, of each method and at random."""
+    found, distances = [], lambda bits, method: [
+        change['distance'] for change in survey['changes'][f'{bits} {method}']]
     one, base = survey['steps'].index(1.0), loss['base'][0]
     for bits in (4, 3, 2):      # our choice: with more, differences drown in fine-tuning's noise
-        slope = {m: [(x - base) / r for x, r in zip(loss[bits, m], of(bits, m, 'distance'))]
+        slope = {m: [(x - base) / r for x, r in zip(loss[bits, m], distances(bits, m))]
                  for m in METHODS}
         slope['random'] = [c['rise'][one] / c['norm'] for name, c in
                            survey['curves'][str(bits)].items() if 'random' in name]
         for a, b in (('QAFT', 'GPTQ'), ('GPTQ', 'RTN'), ('RTN', 'random')):
             mean, noise = gap(slope[b], slope[a])
-            say('P6', f'{bits} bits, slope of {b} - {a}', mean, holds(mean, noise))
+            found.append((f'{bits} bits, slope of {b} - {a}', mean, holds(mean, noise)))
     return found
 
 
@@ -302,6 +310,13 @@ def draw(losses, surveys, stem):
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
+    draw_losses(losses, surveys, stem.with_suffix('.png'), pyplot)
+    draw_landscape(surveys, stem.with_name(f'{stem.name}-landscape.png'), pyplot)
+    draw_plane(surveys, stem.with_name(f'{stem.name}-plane.png'), pyplot)
+
+
+def draw_losses(losses, surveys, path, pyplot):
+    """The rise of the loss against bits, a panel a size, and against the local error."""
     fig, axes = pyplot.subplots(1, 1 + len(losses), figsize=(5.5 * (1 + len(losses)), 4.6),
                                 layout='constrained')
     for axis, marker, (size, loss) in zip(axes, 'os', losses.items()):
@@ -331,8 +346,11 @@ def draw(losses, surveys, stem):
                  ylabel='rise of the loss, nats/token')
     for axis in axes:
         axis.grid(alpha=0.3)
-    fig.savefig(stem.with_suffix('.png'), dpi=120)
+    fig.savefig(path, dpi=120)
 
+
+def draw_landscape(surveys, path, pyplot):
+    """The rise of the loss along the way to each quantized model, a panel for size and bits."""
     fig, axes = pyplot.subplots(len(surveys), len(BITS), figsize=(16, 3.4 * len(surveys)),
                                 squeeze=False, layout='constrained')
     for row, (size, survey) in zip(axes, surveys.items()):
@@ -352,8 +370,11 @@ def draw(losses, surveys, stem):
                      xlim=(0, 1.4 * max(c['norm'] for c in curves.values())))
         row[0].set_ylabel('rise of the loss, nats/token')
         row[0].legend(fontsize=8)
-    fig.savefig(stem.with_name(f'{stem.name}-landscape.png'), dpi=110)
+    fig.savefig(path, dpi=110)
 
+
+def draw_plane(surveys, path, pyplot):
+    """The rise of the loss in the plane through full precision, GPTQ and QAFT."""
     fig, axes = pyplot.subplots(1, len(surveys), figsize=(6 * len(surveys), 5), squeeze=False,
                                 layout='constrained')
     for axis, (size, survey) in zip(axes[0], surveys.items()):
@@ -369,7 +390,7 @@ def draw(losses, surveys, stem):
         axis.set(title=f'{size}: plane through the weights, 3 bits', aspect='equal',
                  xlabel='distance towards GPTQ', ylabel='distance at right angles')
         fig.colorbar(found, ax=axis, label='rise of the loss, nats/token', format='%g')
-    fig.savefig(stem.with_name(f'{stem.name}-plane.png'), dpi=110)
+    fig.savefig(path, dpi=110)
 
 
 def table_lines(loss, tries):

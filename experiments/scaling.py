@@ -434,6 +434,31 @@ def score(told, points, before, noise, bars):
              'PASS' if value <= bar else 'FAIL') for text, value, bar in lines]
 
 
+def mean_of(values):
+    """Mean and standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return statistics.mean(values) if values else math.nan, error
+
+
+def more(text, a, b, noise):
+    """The claim a > b in the mean of a - b over sizes, whose error is no less than of seeds."""
+    gaps = [x - y for x, y in zip(a, b) if x is not None and y is not None]
+    mean, error = mean_of(gaps)
+    error = max(error, noise * math.sqrt(2 / max(1, len(gaps))))
+    return (text, decide(mean, error, len(gaps)),
+            f'{mean:+.4f} ± {error:.4f} nats, wanted > 0')
+
+
+def times(text, a, b):
+    """The claim a > b in the mean of log(a / b): what quantizing afterwards costs has noise that
+    grows with it."""
+    logs = [math.log(max(x, 1e-4) / max(y, 1e-4)) for x, y in zip(a, b)
+            if x is not None and y is not None]
+    mean, error = mean_of(logs)
+    return (text, decide(mean, error, len(logs)), f'{math.exp(mean):.2f} times as much, '
+            f'up or down by {100 * math.expm1(error):.0f} %, wanted > 1')
+
+
 def claims(points, noise):
     """[(claim, verdict, numbers)] of the paper's qualitative findings."""
     once = [p for p in points if p['seed'] == 1]
@@ -446,46 +471,27 @@ def claims(points, noise):
     found, sizes = [], sorted({N for N, *_ in extra})
     data = sorted({D for _, D, _ in extra})
 
-    def mean_of(values):
-        """Mean and standard error."""
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
-        return statistics.mean(values) if values else math.nan, error
-
-    def more(text, a, b):
-        """a > b in the mean of a - b over sizes, whose error is no less than that of seeds."""
-        gaps = [x - y for x, y in zip(a, b) if x is not None and y is not None]
-        mean, error = mean_of(gaps)
-        error = max(error, noise * math.sqrt(2 / max(1, len(gaps))))
-        found.append((text, decide(mean, error, len(gaps)),
-                      f'{mean:+.4f} ± {error:.4f} nats, wanted > 0'))
-
-    def times(text, a, b):
-        """a > b in the mean of log(a / b): what quantizing afterwards costs has noise that grows
-        with it."""
-        logs = [math.log(max(x, 1e-4) / max(y, 1e-4)) for x, y in zip(a, b)
-                if x is not None and y is not None]
-        mean, error = mean_of(logs)
-        found.append((text, decide(mean, error, len(logs)), f'{math.exp(mean):.2f} times as much, '
-                      f'up or down by {100 * math.expm1(error):.0f} %, wanted > 1'))
-
     for bits in (2, 3):
         at, after = lambda N, D: extra.get((N, D, bits)), f'quantizing to {bits} bits afterwards'
-        times(f'{after} costs more after {data[-1] / data[0]:.0f} times the data, at each N',
-              [at(N, data[-1]) for N in sizes], [at(N, data[0]) for N in sizes])
-        times(f'{after} costs more at the smallest N than at the largest, for each D',
-              [at(sizes[0], D) for D in data], [at(sizes[-1], D) for D in data])
-        times(f'{after} costs more where the rate has decayed than where it is constant',
-              [at(N, D) for N, D, b in control if b == bits],
-              [x for (_, _, b), x in control.items() if b == bits])
+        found += [
+            times(f'{after} costs more after {data[-1] / data[0]:.0f} times the data, at each N',
+                  [at(N, data[-1]) for N in sizes], [at(N, data[0]) for N in sizes]),
+            times(f'{after} costs more at the smallest N than at the largest, for each D',
+                  [at(sizes[0], D) for D in data], [at(sizes[-1], D) for D in data]),
+            times(f'{after} costs more where the rate has decayed than where it is constant',
+                  [at(N, D) for N, D, b in control if b == bits],
+                  [x for (_, _, b), x in control.items() if b == bits])]
     for x, name in NAMES.items():
         widths = sorted({bits for kind, bits, _ in excess if kind == x})
         for pair in zip(widths, widths[1:]):
-            more(f'training with {name} in {pair[0]} bits costs more than in {pair[1]}',
-                 *([excess.get((x, bits, N)) for N in sizes] for bits in pair))
+            found.append(more(
+                f'training with {name} in {pair[0]} bits costs more than in {pair[1]}',
+                *([excess.get((x, bits, N)) for N in sizes] for bits in pair), noise))
     for x in ('a', 'token'):
         for bits in (3, 4):
-            more(f'{NAMES[x]} in {bits} bits cost more than weights in {bits}',
-                 *([excess.get((kind, bits, N)) for N in sizes] for kind in (x, 'w')))
+            found.append(more(
+                f'{NAMES[x]} in {bits} bits cost more than weights in {bits}',
+                *([excess.get((kind, bits, N)) for N in sizes] for kind in (x, 'w')), noise))
     worst = max(abs(x) for (_, _, bits), x in extra.items() if bits == 8)
     found.append(('8 bits after training are within the noise of seeds', 'PASS'
                   if worst <= noise else 'FAIL', f'{worst:.4f} nats at most, noise {noise:.4f}'))
@@ -671,21 +677,28 @@ def plot(options):
     some = [f'{100 * share:.0f} % of the bootstrap resolve {part}'
             for part, share in found['shares'].items() if share < 1]
     lines += ['', f'{", ".join(some)}; intervals are of those that do.'] if some else []
-    lines += ['', '| trained directly | N_eff / N and 90 % of the bootstrap, small to large |',
+    lines += equivalents(found, points + held)
+    paths(options.size)[3].write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines))
+    draw(c, noise, found['bootstrap'], points, held, told, paths(options.size)[4])
+
+
+def equivalents(found, points):
+    """Lines of a table: the share of N weights in full precision that direct training is worth."""
+    c, noise = found['constants'], found['noise']
+    lines = ['', '| trained directly | N_eff / N and 90 % of the bootstrap, small to large |',
               '|---|---|']
     rng = np.random.default_rng(0)      # both losses of a share have the noise of a seed
     for name in DIRECT:
         cells = []
-        for p in sorted((p for p in points + held if p.get('direct') == name),
+        for p in sorted((p for p in points if p.get('direct') == name),
                         key=lambda p: p['N']):
             drawn = [equivalent(f, p['N'], p['loss'] + math.sqrt(2) * noise * rng.normal(),
                                 p['full']) for f in found['bootstrap']]
             cells.append(f'{equivalent(c, p["N"], p["loss"], p["full"]):.2f} '
                          '({:.2f} to {:.2f})'.format(*interval(drawn)))
         lines.append(f'| {name} | ' + ', '.join(cells) + ' |')
-    paths(options.size)[3].write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    print('\n'.join(lines))
-    draw(c, noise, found['bootstrap'], points, held, told, paths(options.size)[4])
+    return lines
 
 
 def draw(c, noise, fits, points, held, told, path):
@@ -697,10 +710,23 @@ def draw(c, noise, fits, points, held, told, path):
     sizes = sorted({p['N'] for p in points + held})
     color = {N: f'C{i}' for i, N in enumerate(sizes)}
     everything = [p for p in points + held if p['seed'] == 1]
-    for N in sizes:
+    draw_loss(a, c, everything, color)
+    draw_excess(b, c, noise, everything, max(p['N'] for p in points))
+    draw_after(d, c, everything, color)
+    draw_predicted(e, c, points, held, told)
+    draw_precision(g, c, fits, color)
+    draw_critical(h, c, fits, {p['D'] for p in points}, sizes)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    fig.savefig(path, dpi=110)
+
+
+def draw_loss(a, c, everything, color):
+    """Loss against data, before and after quantizing."""
+    for N in color:
         mine = sorted((p['D'], p['loss']) for p in plain(everything) if p['N'] == N)
         a.plot(*zip(*mine), 'o', color=color[N], label=f'N = {N / 1e3:.0f}k'
-               + (', held out' if N == sizes[-1] else ''))
+               + (', held out' if N == max(color) else ''))
         D = np.geomspace(mine[0][0], mine[-1][0])
         a.plot(D, trained(c, N, D), color=color[N], lw=1)
         for post, style in ((3, '--'), (2, ':')):
@@ -712,7 +738,10 @@ def draw(c, noise, fits, points, held, told, path):
           title='Loss; dashed: quantized to 3 bits afterwards, dotted: 2', ylim=(None, min(
               3.5, max(p['loss'] for p in plain(everything)) + 0.5)))
     a.legend(fontsize=8)
-    fitted = max(p['N'] for p in points)
+
+
+def draw_excess(b, c, noise, everything, fitted):
+    """What training in low precision costs, against bits."""
     for i, (x, name) in enumerate(NAMES.items()):
         mine = [p for p in everything if x in p and 'post' not in p]
         b.plot([p[x] for p in mine], [max(p['loss'] - p['full'], 1e-4) for p in mine], 'os^v'[i],
@@ -726,7 +755,11 @@ def draw(c, noise, fits, points, held, told, path):
     b.set(yscale='log', ylim=(1e-4, None), xlabel='bits', ylabel='excess loss, nats/byte',
           title=f'What training in low precision costs; lines: the fit, N = {fitted / 1e3:.0f}k')
     b.legend(fontsize=8)
-    for N in sizes:
+
+
+def draw_after(d, c, everything, color):
+    """What quantizing after training costs, against data."""
+    for N in color:
         for post, style in ((2, ':'), (3, '--'), (4, '-')):
             mine = sorted((p['D'] / N, p['loss'] - p['full']) for p in everything if p['N'] == N
                           and p.get('post') == post and not any(x in p for x in KINDS)
@@ -735,10 +768,14 @@ def draw(c, noise, fits, points, held, told, path):
             if 'C_T' in c:
                 D = np.array([m[0] * N for m in mine])
                 d.plot(D / N, delta(c, N, D, post), style, color=color[N], lw=1,
-                       label=f'{post} bits' if N == sizes[0] else None)
+                       label=f'{post} bits' if N == min(color) else None)
     d.set(xscale='log', yscale='log', xlabel='D / N', ylabel='delta, nats/byte',
           title='What quantizing after training (GPTQ) costs')
     d.legend(fontsize=8)
+
+
+def draw_predicted(e, c, points, held, told):
+    """Predicted against measured."""
     for some, style, name in ((points, 'o', 'fitted'), (held, 'D', 'held out')):
         found = excesses(foretell(c, some) if name == 'fitted' else told, some)
         e.plot(*zip(*(found.values() or [(np.nan, np.nan)])), style, ms=4, alpha=0.6, label=name)
@@ -746,10 +783,14 @@ def draw(c, noise, fits, points, held, told, path):
     e.set(xscale='log', yscale='log', xlabel='predicted excess, nats/byte', ylabel='measured',
           xlim=(1e-3, 5), ylim=(1e-3, 5), title='Excess loss, predicted and measured')
     e.legend(fontsize=8)
+
+
+def draw_precision(g, c, fits, color):
+    """The bits that are best, against compute."""
     compute, P = np.geomspace(1e10, 1e15, 121), np.linspace(2, 16, 281)
     together = [f for f in (c, *fits) if all(f'gamma_{x}' in f for x in TOGETHER)]
     if together and together[0] is c:
-        for N in sizes:     # a row for each compute, a column for each P
+        for N in color:     # a row for each compute, a column for each P
             D = compute[:, None] * 16 / (6 * N * P)
             best = trained(c, N, D, **dict.fromkeys(TOGETHER, P)).argmin(1)
             D = np.take_along_axis(D, best[:, None], 1)[:, 0]
@@ -761,6 +802,10 @@ def draw(c, noise, fits, points, held, told, path):
         g.legend(fontsize=8)
     g.set(xscale='log', xlabel='compute, (6/16) N D P', ylabel='P, bits of w, x, k and v',
           ylim=(0, 17), title='Best precision; colors: at that N')
+
+
+def draw_critical(h, c, fits, data, sizes):
+    """The data beyond which more of it does harm, against N."""
     if 'C_T' in c:
         N = np.geomspace(sizes[0], 10 * sizes[-1])
         after = [f for f in fits if 'C_T' in f]
@@ -769,16 +814,13 @@ def draw(c, noise, fits, points, held, told, path):
             line, = h.plot(N, past(c), label=f'{post} bits')
             h.fill_between(N, *np.quantile([past(f) for f in after], (0.05, 0.95), axis=0),
                            color=line.get_color(), alpha=0.2)
-        D = sorted({p['D'] for p in points})
+        D = sorted(data)
         h.fill([sizes[0], sizes[0], sizes[-1], sizes[-1]],
                [D[0] / sizes[0], D[-1] / sizes[0], D[-1] / sizes[-1], D[0] / sizes[-1]],
                color='0.5', alpha=0.2, label='what was trained')
         h.legend(fontsize=8)
     h.set(xscale='log', yscale='log', xlabel='N', ylabel='D / N',
           title='Past this, more data makes the quantized model worse')
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    fig.savefig(path, dpi=110)
 
 
 def positive(text):

@@ -1,0 +1,107 @@
+"""
+Text comes back from its tokens, a dataset is whole or refused, and each epoch reads all of it.
+
+    python -m pytest -q data
+"""
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data.corpus import prepare, read_dataset, read_files, window_starts, write
+from data.tokenizer import EOT, PATTERN, encoding, make_tokenizer, tokenizer_dict, train_bpe
+
+TEXT = (Path(__file__).resolve().parents[1] / 'quant.py').read_text(encoding='utf-8')
+each = pytest.mark.parametrize
+
+
+def test_bpe_and_bytes_give_the_text_back():
+    text = TEXT + 'äöü €\r\n\t  <|endoftext|>'
+    for vocab in (256, 400):
+        tokenizer = make_tokenizer(vocab, text)
+        enc = encoding(tokenizer)
+        ids = enc.encode_ordinary(text)
+        assert max(ids) < tokenizer['vocab_size'] == enc.n_vocab == vocab
+        assert enc.decode(ids) == text and json.loads(json.dumps(tokenizer)) == tokenizer
+    ranks = train_bpe(text, 400)
+    assert ranks[:256] == [bytes([b]) for b in range(256)] and max(map(len, ranks)) <= 16
+    assert ranks == train_bpe(text, 400) and len(set(ranks)) == 400
+    pairs = [a + b for word in ('aab', 'aab', 'aac') for a, b in zip(word, word[1:])]
+    assert train_bpe('aab aab aac', 257)[256].decode() == max(sorted(set(pairs)), key=pairs.count)
+
+
+def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):
+    for name, content in (('a.py', b'fine'), ('b.py', b'k\xf6stlich'), ('c.py', b'')):
+        (tmp_path / name).write_bytes(content)
+    assert read_files(tmp_path) == [('a.py', 'fine')]
+    assert 'not UTF-8: 1, such as b.py' in capsys.readouterr().out
+    for vocab in ('255', '2000000', 'abc'):
+        with pytest.raises(SystemExit, match='256'):
+            prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], vocab)
+    assert not (tmp_path / 'meta.json').exists()
+
+
+@each('n_words, dtype', [(65_279, np.uint16), (65_280, np.uint32)])
+def test_a_vocabulary_of_2_16_is_the_largest_of_16_bits(n_words, dtype, tmp_path):
+    """After 256 bytes and n words comes the end of a text, the highest id, 2^16 - 1 or 2^16."""
+    letters = [bytes([65 + i % 26 + 32 * (i // 26)]) for i in range(52)]
+    words = [b''.join(t) for n in (2, 3) for t in itertools.product(letters, repeat=n)][:n_words]
+    text = words[-1].decode() * 50
+    tokenizer = tokenizer_dict('bpe', PATTERN, [bytes([b]) for b in range(256)] + words, EOT)
+    write(tmp_path, 'x', tokenizer, [('train', text), ('val', text)], math.inf)
+    train, val, meta = read_dataset(tmp_path)
+    assert train.dtype == dtype and train[-1] == 256 + n_words == meta['vocab_size'] - 1
+    assert encoding(meta).decode(train[:-1].tolist()) == text and np.array_equal(train, val)
+
+
+@each('name, change, says', [
+    ('meta.json', None, 'no dataset'), ('val.bin', None, 'cannot read the dataset'),
+    ('train.bin', lambda old: b'123', 'truncated'), ('meta.json', lambda old: b'[]', 'cannot'),
+    ('meta.json', lambda old: old.replace(b'_size": 256', b'_size": 0'), 'vocab_size = 0'),
+    ('train.bin', lambda old: b'\xff' * len(old), 'beyond its vocabulary')])
+def test_a_damaged_dataset_is_refused(name, change, says, tmp_path):
+    prepare(tmp_path, 'x', [('train', TEXT), ('val', TEXT[:4000])], 256)
+    path = tmp_path / name
+    path.write_bytes(change(path.read_bytes())) if change else path.unlink()
+    with pytest.raises(ValueError, match=says):
+        read_dataset(tmp_path)
+
+
+def test_a_damaged_meta_json_is_refused_or_works(tmp_path):
+    numbers = random.Random(0)
+    prepare(tmp_path, 'x', [('train', TEXT), ('val', TEXT[:4000])], 300)
+    whole = (tmp_path / 'meta.json').read_bytes()
+    for _ in range(30):
+        damaged = bytearray(whole)
+        damaged[numbers.randrange(len(whole))] = numbers.randrange(256)
+        (tmp_path / 'meta.json').write_bytes(damaged)
+        try:
+            _, val, meta = read_dataset(tmp_path)
+            assert encoding(meta).encode_ordinary(encoding(meta).decode(val.tolist()))
+        except ValueError as e:
+            assert str(e).startswith('cannot read the dataset')
+
+
+@each('sequences, size', [(0, 31), (6, 6)])
+def test_every_epoch_has_each_window_once(sequences, size):
+    """Without replacement: of all windows of the data, or of so many, in an order that is a
+    function of (seed, step), whatever share of a step ranks and micro-steps take."""
+    def starts(steps=4 * size, world=1, **keys):
+        config = SimpleNamespace(**{'seed': 1337, 'sequences': sequences, 'block_size': 32,
+                                    'batch_size': 4, 'grad_accum': 2, **keys})
+        return np.concatenate([window_starts(config, step, 1000, world).ravel()
+                               for step in range(steps)])
+
+    epochs = starts().reshape(32, size)
+    assert all(set(epoch) == set(epochs[0]) for epoch in epochs) and len(set(epochs[0])) == size
+    assert all(start % 32 == 0 and 0 <= start < 1000 - 32 for start in epochs[0])
+    for other in (epochs[1], starts(seed=1)[:size]):
+        assert not np.array_equal(epochs[0], other)
+    for split in ({'grad_accum': 1, 'batch_size': 8}, {'world': 2, 'grad_accum': 1},
+                  {'world': 4, 'batch_size': 1}, {'grad_accum': 8, 'batch_size': 1}):
+        assert np.array_equal(starts(), starts(**split))
