@@ -16,10 +16,9 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ import model as model_py
 import quant
 import train
 from data.corpus import prepare
-from model import GPT, Head, rope
+from model import GPT, Head
 from quant import (FORMATS, GRIDS, MAPS, WORDS, How, KVCache, Linear, Optimizer, Spec, bytes_held,
                    dequantize, fake_quant, gptq, gptq_, health, hessian, levels, linears,
                    noise_key, quantize, rtn_, spec, stream, uniform)
@@ -41,9 +40,13 @@ STRATEGIES = [path.stem for path in CONFIGS if path.stem not in SIZES]
 TERNARY = 'ternary/row/absmean/stochastic'
 each = pytest.mark.parametrize
 
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+normal = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+tokens = lambda *shape: torch.randint(64, shape, generator=torch.Generator().manual_seed(0))
+grads = lambda y, *inputs: torch.autograd.grad(y.square().sum() / 2, inputs)        # dL/dy = y
+close = lambda ours, oracle, error=1e-5: (ours - oracle).abs().max() <= error * oracle.abs().max()
+state_of = lambda optimizer: sum(optimizer.state_dict()['state'].values(), [])
+checkpoint = lambda folder: torch.load(folder / 'ckpt.pt', weights_only=True)
+log_of = lambda folder: [*map(json.loads, (folder / 'log.jsonl').open(encoding='utf-8'))]
 
 
 def every(*choices):
@@ -51,8 +54,7 @@ def every(*choices):
     found = {}
     for words in itertools.product(*choices):
         with suppress(ValueError):          # not every word goes with every other
-            text = '/'.join(filter(None, words))
-            found.setdefault(spec(text), text)
+            found.setdefault(spec(text := '/'.join(filter(None, words))), text)
     return list(found.values())
 
 
@@ -91,12 +93,11 @@ def test_spec_words_come_in_any_order():
 @each('text, says', [
     ('int9', "unknown word 'int9', did you mean 'int"), ('int8/rwo', "did you mean 'row'"),
     ('int8/row/row', 'second'), ('int8/row/tensor', "'tensor' says the group a second time"),
-    ('int8/int4', 'second'), ('row', 'names no grid'), ('int8/0', "unknown word '0'"),
-    ('int8//row', "unknown word ''"), ('nvfp4/32', 'second'), ('INT8', 'unknown'),
-    ('int8/symmetric/asymmetric', 'second'), *((text, f"'{text.split('/')[-1]}' does not go") for
-     text in ('ternary/asymmetric', 'fp8/sqrt', 'int8/asymmetric/absmean', 'nvfp4/absmean',
-              'bf16/row', 'int8/asymmetric/sqrt', 'mxfp4/mse', 'mxfp8/mse', 'uint8/hadamard',
-              'bf16/hadamard', 'rank1/row', 'fp8/absmean', 'int8/sqrt/absmean'))])
+    ('row', 'names no grid'), ('int8/0', "unknown word '0'"), ('int8//row', "unknown word ''"),
+    ('nvfp4/32', 'second'), ('INT8', 'unknown'), *((text, f"'{text.split('/')[-1]}' does not go")
+     for text in ('ternary/asymmetric', 'fp8/sqrt', 'int8/asymmetric/absmean', 'nvfp4/absmean',
+                  'bf16/row', 'int8/asymmetric/sqrt', 'mxfp4/mse', 'uint8/hadamard', 'rank1/row',
+                  'bf16/hadamard', 'fp8/absmean', 'int8/sqrt/absmean'))])
 def test_bad_spec_names_the_word(text, says):
     with pytest.raises(ValueError, match=re.escape(says)) as e:
         spec(text)
@@ -205,14 +206,13 @@ def test_scales_of_microscaling_formats():
 
 
 def test_symmetric_and_asymmetric_formulas():
-    x, a = normal(8, 32) + 2, (normal(8, 32) + 2).double().numpy()      # paper 1, in numpy
-    s = np.abs(a).max(1, keepdims=True) / 7
-    oracle = np.clip(np.round(a / s), -8, 7) * s
-    assert np.allclose(fake_quant(x, 'int4/row').numpy(), oracle, atol=1e-5)
-    least, most = np.minimum(a.min(1, keepdims=True), 0), a.max(1, keepdims=True)
-    s, z = (most - least) / 15, np.round(least / (most - least) * 15 + 8)
-    oracle = (np.clip(np.round(a / s - z), -8, 7) + z) * s
-    assert np.allclose(fake_quant(x, 'int4/row/asymmetric').numpy(), oracle, atol=1e-5)
+    x, a = normal(8, 32) + 2, (normal(8, 32) + 2).double()              # paper 1, in float64
+    s = a.abs().amax(1, keepdim=True) / 7
+    assert close(fake_quant(x, 'int4/row'), (a / s).round().clamp(-8, 7) * s)
+    least, most = a.amin(1, keepdim=True).clamp(max=0), a.amax(1, keepdim=True)
+    s, z = (most - least) / 15, (least / (most - least) * 15 + 8).round()
+    oracle = ((a / s - z).round().clamp(-8, 7) + z) * s
+    assert close(fake_quant(x, 'int4/row/asymmetric'), oracle)
     for text in every(GRIDS, ['asymmetric']):                           # no clipping, no idle code
         q, grid = quantize(x, text), GRIDS[spec(text).grid]
         assert ((x - dequantize(q)).abs() <= q.scale * 0.5001).all()
@@ -220,12 +220,11 @@ def test_symmetric_and_asymmetric_formulas():
 
 
 def test_scales_are_of_the_axes_they_say_and_float32():
-    x = normal(2, 3, 8)
+    x, y = normal(2, 3, 8), normal(32)
     for group, most in (('tensor', x.abs().amax()), ('row', x.abs().amax(2)), ('column', x.abs()
                         .amax((0, 1))), ('4', x.abs().unflatten(-1, (2, 4)).amax(-1))):
         assert torch.allclose(quantize(x, f'int8/{group}').scale.flatten(), most.flatten() / 127)
     for how in ('int8', 'int8/row', 'int8/4', 'nvfp4/hadamard'):        # an axis alone is a row
-        y = normal(32)
         assert torch.equal(fake_quant(y, how), fake_quant(y[None], how)[0])
     with pytest.raises(ValueError, match='blocks of 3 do not divide a last axis of 8'):
         quantize(x, 'int8/3')
@@ -241,7 +240,8 @@ def test_absmean_is_mean_over_the_root_of_the_highest_code():
         for text in (texts := every([name], ['absmean'])):
             assert torch.allclose(quantize(x, text).scale, x.abs().mean() / grid.high ** 0.5)
         assert bool(texts) == (not grid.float and grid.bits > 0)
-    assert quant.damage(x, spec('int4/row/absmean'))['clipped'] < 0.05
+    y = torch.tensor([[-1.9, -0.4, 0.3, 1.0, 1.0, -1.0, 1.0, 1.4]])     # mean|y| = 1: from -2 to 1
+    assert quant.damage(y, spec('int2/row/absmean'))['clipped'] == 1 / 8
     once = w = fake_quant(x, 'ternary/tensor/absmean')
     assert torch.allclose(fake_quant(w, 'ternary/row'), w)              # absmax is idempotent
     for _ in range(20):                                                 # the trap: ever new scales
@@ -274,10 +274,9 @@ def test_v_is_never_rounded_to_zero(text):
 def test_the_rotation_is_orthogonal_and_spreads_outliers(n, block):
     parity = torch.tensor([[(i & j).bit_count() % 2 for j in range(block)] for i in range(block)])
     oracle = torch.block_diag(*[(1 - 2.0 * parity) / block ** 0.5] * (n // block))
-    x, w = normal(8, n), normal(4, n, seed=1)
+    x = normal(8, n)
     assert torch.allclose(quant.rotate(x), x @ oracle, atol=1e-5)
     assert torch.allclose(quant.rotate(quant.rotate(x)), x, atol=1e-5)
-    assert torch.allclose(quant.rotate(x) @ quant.rotate(w).T, x @ w.T, atol=1e-5)
     x[:, 3] *= 50
     error = lambda how: (fake_quant(x, how) - x)[:, 4:].norm()          # of all that is no outlier
     assert block < 64 or error('int4/row/hadamard') < 0.8 * error('int4/row')
@@ -300,19 +299,6 @@ def test_mse_is_the_best_of_eight_scales(text):
 # ------------------------------------------------------------------------------------------------
 # Matmul and Linear
 
-def make(n_in, n_out, bias=False, **how):
-    return Linear(n_in, n_out, bias, How(**how))
-
-
-def grads(y, *inputs):
-    return torch.autograd.grad(y.square().sum() / 2, inputs)            # g = y
-
-
-def close(ours, oracle, error=1e-5):
-    """Equal, but for a share `error` of the largest."""
-    return (ours - oracle).abs().max() <= error * oracle.abs().max()
-
-
 @each('bias', [True, False])
 def test_no_spec_is_nn_linear_bit_for_bit(bias):
     ours, theirs = Linear(64, 32, bias), torch.nn.Linear(64, 32, bias)
@@ -326,7 +312,7 @@ def test_no_spec_is_nn_linear_bit_for_bit(bias):
     ('int8/row', ''), ('', 'int8/row'), ('ternary/tensor/absmean', 'int4/row'), ('nvfp4', 'mxfp4'),
     ('int4/asymmetric', 'fp8/column'), ('bf16', 'int8/row/stochastic'), ('rank1', 'mxfp8')])
 def test_matmul_is_the_detach_trick(w, a):
-    layer, x = make(64, 32, weights=w, activations=a), normal(12, 64).requires_grad_()
+    layer, x = Linear(64, 32, how=How(w, a)), normal(12, 64).requires_grad_()
     ste = lambda t, how, n: t + (fake_quant(t, how, stream(layer.key, n)) - t).detach()
     y, oracle = layer(x), F.linear(ste(x, a, 1), ste(layer.weight, w, 0))
     a, b = ((y, *grads(y, x, layer.weight)) for y in (y, oracle))
@@ -352,7 +338,7 @@ def test_three_meanings_of_the_backward(backward, where):
 def test_codes_are_what_is_saved_for_backward(w, a, bytes):
     saved, keep = [], lambda t: saved.append(t.nbytes) or t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        make(256, 256, weights=w, activations=a)(normal(1024, 256).requires_grad_())
+        Linear(256, 256, how=How(w, a))(normal(1024, 256).requires_grad_())
     assert bytes <= sum(saved) <= bytes + 16
 
 
@@ -360,9 +346,8 @@ def ways(w, a, g='', n=40, n_in=64, n_out=48):
     """A function that gives y, dx and dw of one layer in the ways asked for; w; dL/dy."""
     x, weight = normal(n, n_in).requires_grad_(), normal(n_out, n_in, seed=1)
     weight, gy = weight * torch.logspace(-1, 1, n_out)[:, None], normal(n, n_out, seed=2)
-
     def way(**how):
-        layer = make(n_in, n_out, weights=w, activations=a, gradients=g, **how)
+        layer = Linear(n_in, n_out, how=How(w, a, g, **how))
         layer.weight.data = weight
         y = layer(x)
         return y, *torch.autograd.grad(y, (x, layer.weight), gy)
@@ -382,12 +367,11 @@ def test_multiplying_codes_is_multiplying_what_they_stand_for(w, a, n, n_in, n_o
 def test_integer_matmuls_are_exact(monkeypatch):
     a, b = (torch.randint(-128, 128, (5, 140000), dtype=torch.int8) for _ in 'ab')
     a[0], b[0] = -128, -128                                             # 2^31 and more: overflows
-    for fast in (True, False):
+    for n, fast in itertools.product((140000, 1000), (True, False)):
         monkeypatch.setattr(quant, 'INT_MM_CPU', fast)
-        for n, error in ((140000, 1e-6), (1000, 0)):
-            x, y = a[:, :n], b[:, :n]
-            oracle = (x.long() @ y.long().T).double()
-            assert torch.allclose(quant.int_matmul(x, y).double(), oracle, rtol=error, atol=0)
+        x, y, error = a[:, :n], b[:, :n], 1e-6 * (n > 1000)
+        oracle = (x.long() @ y.long().T).double()
+        assert torch.allclose(quant.int_matmul(x, y).double(), oracle, rtol=error, atol=0)
 
 
 @each('w, a, g', [
@@ -430,19 +414,18 @@ def test_all_three_matmuls_in_any_format(how):
         {'gradients_in': 'dx'}, {'backward': 'fold'}, {'backward': 'requantize'}))])
 def test_ways_that_do_not_go_or_do_nothing(how, says):
     with pytest.raises(ValueError, match=says):
-        grads(make(32, 32, **how)(x := normal(4, 32).requires_grad_()), x)
+        grads(Linear(32, 32, how=How(**how))(x := normal(4, 32).requires_grad_()), x)
 
 
 @each('stored', [*STORED, 'ternary/tensor/absmean', 'int4/16', 'int2/column'])
 def test_stored_codes_are_all_there_is(stored):
+    """The ghost, of four bytes, gets the gradient of their w; a cast and back changes nothing."""
     layer, twin, x = Linear(64, 32), Linear(64, 32), normal(8, 64).requires_grad_()
     w = fake_quant(layer.weight.detach(), stored).requires_grad_()
     layer.store_(stored)
-    # the ghost gets the gradient of the w that the codes stand for
     a, b = layer(x), F.linear(x, w)
     for ours, oracle in zip((a, *grads(a, x, layer.weight)), (b, *grads(b, x, w))):
         assert torch.allclose(ours, oracle, atol=1e-5)
-    # it costs four bytes, and a cast there and back leaves it all as it is
     state = copy.deepcopy(layer.double().float().state_dict())
     assert layer.weight.untyped_storage().nbytes() == 4 and 'weight' not in state
     assert not any(t.dtype == torch.float32 and t.numel() >= w.numel() for t in state.values())
@@ -456,8 +439,7 @@ def test_stored_codes_are_all_there_is(stored):
 @each('stored', [*(text for text in STORED if text != 'bf16'), 'int4/16', 'ternary/tensor/absmean',
                  'ternary/column', TERNARY])
 def test_zeros_that_are_stored_get_a_scale_like_their_neighbours(stored):
-    """The mean, or what keeps variances: their codes will move, and then it is a weight's. A nan
-    is no zero."""
+    """The mean, or what keeps variances, as their codes will move. A nan is no zero: it stays."""
     (some, none, bad), s = (Linear(64, 32) for _ in range(3)), spec(stored)
     some.weight.data[3] = some.weight.data[:, 5] = none.weight.data[:] = 0
     bad.weight.data[1, 2] = math.nan
@@ -482,18 +464,12 @@ def pair(stored='', shape=(64, 128), **keys):
     layer = Linear(*shape[::-1])
     layer.weight.data = normal(*shape) * 0.02
     layer.store_(stored)
-    config = Config(**{'weight_decay': 0.0, 'stored': stored, **keys})
-    optimizer = Optimizer(torch.nn.Sequential(layer), config)
-
+    optimizer = Optimizer(torch.nn.Sequential(layer), Config(**{'weight_decay': 0.0, **keys}))
     def step(g, clip=1.0):
         layer.weight.grad = g
         optimizer.step(clip=clip)
         return dequantize(layer.stored_weight()).clone()
     return layer, optimizer, step
-
-
-def state_of(optimizer):
-    return sum(optimizer.state_dict()['state'].values(), [])
 
 
 def test_adamw_is_torch_adamw():
@@ -541,12 +517,12 @@ def test_rank1_is_exact_for_rank_one():
 @each('code_lr', [0.0, 0.1])
 @each('stored', [f'{text}/stochastic' for text in (*STORED, 'int4/16', 'ternary', 'int2/column')])
 def test_stored_weights_stay_on_their_grid(stored, code_lr):
+    """They move from level to level, and flips counts those that the last step moved."""
     layer, optimizer, step = pair(stored, code_lr=code_lr, adam_m='int8/row/stochastic')
-    start, nearest = layer.codes.clone(), replace(layer.stored, rounding='nearest')
     for i in range(5):
-        w = step(normal(64, 128, seed=i))
-    assert not torch.equal(layer.codes, start) and 0 < optimizer.flips() <= 1
-    assert close(dequantize(quantize(w, nearest, scale=layer.scale)), w, 1e-6)
+        old, w = levels(layer.stored_weight()), step(normal(64, 128, seed=i))
+    moved = (levels(layer.stored_weight()) != old).float().mean().item()
+    assert w.isfinite().all() and 0 < moved == pytest.approx(optimizer.flips())
 
 
 @each('published', [False, True])
@@ -580,15 +556,17 @@ def test_the_momentum_ramp_is_a_weighted_mean():
         assert torch.allclose(step(g), w, rtol=1e-3, atol=1e-3 * w.abs().max().item())
 
 
-def test_embeddings_and_norms_have_a_rate_of_their_own():
-    model = gpt(learning_rate=1e-3, embedding_lr=0.5, weight_decay=0.0)
-    before = copy.deepcopy(model.state_dict())
+@each('kind', ['adamw', 'muon'])
+def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
+    model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0.0)
+    before, optimizer = copy.deepcopy(model.state_dict()), Optimizer(model, model.config)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    Optimizer(model, model.config).step()
+    optimizer.step()
     for name, p in model.named_parameters():
-        rate = torch.tensor(1e-3 if name in linears(model) else 0.5)
-        assert torch.allclose(before[name] - p, rate, rtol=1e-2)
+        step, block, state = before[name] - p, name in linears(model), optimizer.state[name]
+        assert len(state) == 2 - (block and kind == 'muon')
+        assert len(state) == 1 or close(step, torch.tensor(1e-3 if block else 0.5), 1e-2)
 
 
 def test_no_flips_below_the_threshold():
@@ -603,20 +581,17 @@ def test_no_flips_below_the_threshold():
     assert rates[3] < 0.003 * rates[0]
 
 
-@each('tau', [0.0, 0.5])
-def test_evidence_is_used_up_and_scales_learn_downhill(tau):
-    """Whatever the size of gradients: Adam's step does not depend on it, or is 0 where g^2 is."""
-    for size in (1.0, 1e-12, 1e-22):
-        layer, optimizer, step = pair(TERNARY, code_lr=0.5, threshold=tau, scale_lr=0.1)
-        q, s = levels(layer.stored_weight()), layer.scale.clone()
-        g = size * (normal(64, 128, seed=1) + q)                        # dL/d log s = sum g w > 0
-        step(g)
-        moved = levels(layer.stored_weight()) != q
-        if size == 1:
-            assert 0.1 < moved.float().mean() < 0.5
-            assert torch.allclose(layer.scale, s * math.exp(-0.1), rtol=1e-3)
-        assert torch.allclose(state_of(optimizer)[0], torch.where(moved & (tau > 0), 0.0, 0.1 * g))
-        assert ((layer.scale / s).log().abs() <= 0.1001).all()
+@each('tau, size', [(0.0, 1.0), (0.5, 1.0), (0.0, 1e-22)])
+def test_evidence_is_used_up_and_scales_learn_downhill(tau, size):
+    """By at most lr of log s, also where gradients are so small that their square is zero."""
+    layer, optimizer, step = pair(TERNARY, code_lr=0.5, threshold=tau, scale_lr=0.1)
+    q, s = levels(layer.stored_weight()), layer.scale.clone()
+    g = size * (normal(64, 128, seed=1) + q)                            # dL/d log s = sum g w > 0
+    step(g)
+    moved, down = levels(layer.stored_weight()) != q, (s / layer.scale).log()
+    assert moved.float().mean() < 0.5 and (down <= 0.1001).all()
+    assert torch.allclose(state_of(optimizer)[0], torch.where(moved & (tau > 0), 0.0, 0.1 * g))
+    assert size < 1 or moved.float().mean() > 0.1 and (down > 0.0999).all()
 
 
 @each('shape, m', [((64, 128), ''), ((128, 64), 'int8/row')])
@@ -635,13 +610,8 @@ def test_muon_makes_the_singular_values_of_a_step_about_1(shape, m):
         old, w = w, step(g)
         ours = (0.9 * old - w) / size                                   # 1 - lr decay = .9
         assert (ours - U * p @ Vt).abs().max() < (1e-2 if m else 1e-4)  # m is rounded after it
-        assert (ours - U @ Vt).norm() == pytest.approx((p - 1).norm().item(), rel=1e-2)
         assert 0.6 < p.min() and p.max() < 1.3
-        assert (size * ours).square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
-    q, model = quantize(torch.zeros(shape), m), gpt(optimizer='muon')
-    assert [t.dtype for t in state_of(optimizer)] == [t.dtype for t in q[:4] if t is not None]
-    states = Optimizer(model, model.config).state_dict()['state']       # others have m and v
-    assert all(len(ts) == 2 - (name in linears(model)) for name, ts in states.items())
+    assert len(state_of(optimizer)) == 1 + bool(m)                      # codes and scales, no v
 
 
 @each('stored', ['', TERNARY, 'int8/row', 'bf16/stochastic', 'fp8/row/stochastic'])
@@ -687,10 +657,9 @@ def test_bytes_are_read_off_the_storages(most, stored, keys):
 # ------------------------------------------------------------------------------------------------
 # post-training quantization
 
-def correlated(n, tokens=512, seed=3):
+def correlated(n, tokens=512):
     """H = 2 mean x x^T of inputs whose channels depend on each other and differ in size."""
-    x = normal(tokens, n, seed=seed) @ normal(n, n, seed=seed + 1)
-    x = x * torch.logspace(-1, 1, n)
+    x = normal(tokens, n, seed=3) @ normal(n, n, seed=4) * torch.logspace(-1, 1, n)
     return 2 * x.T @ x / tokens
 
 
@@ -715,8 +684,7 @@ def test_gptq_is_its_definition_column_by_column(how, act_order):
     W, H = normal(24, 144), correlated(144)                 # more than one block of columns
     q, nearest = gptq(W, H, how, 0.01, act_order), quantize(W, how)
     differs = levels(q) != gptq_oracle(W, H, how, 0.01, act_order)
-    assert differs.float().mean() < 0.01 and differs.any(1).sum() <= 1      # a tie turned
-    assert torch.equal(q.scale, nearest.scale)
+    assert torch.equal(q.scale, nearest.scale) and differs.any(1).sum() <= 1    # a tie turned
     E, e = W - dequantize(q), W - dequantize(nearest)
     assert (E @ H * E).sum() < (e @ H * e).sum() and e.norm() < E.norm()
 
@@ -770,10 +738,6 @@ def gpt(**keys):
     return model
 
 
-def tokens(*shape):
-    return torch.randint(64, shape, generator=torch.Generator().manual_seed(0))
-
-
 @each('flavour', ['gpt2', 'llama'])
 def test_the_head_is_tied_and_stays_so_or_untied(flavour):
     plain, quantized, untied = (gpt(flavour=flavour, weights='int8/row', quantize_head=q, tied=t)
@@ -793,7 +757,7 @@ def test_the_head_is_tied_and_stays_so_or_untied(flavour):
 
 @each('flavour', ['gpt2', 'llama'])
 def test_attention_and_norms(flavour):
-    """Shared heads are k and v repeated; on a CPU it is the fused attention; eps counts."""
+    """Shared heads are k and v repeated; rope turns pairs (2i, 2i + 1) like complex numbers."""
     few, full = (gpt(flavour=flavour, n_head=4, n_kv_head=n, norm_eps=0.5) for n in (1, 0))
     state, x, idx = few.state_dict(), normal(2, 20, 64) * 0.5 + 1, tokens(2, 20)
     for name in [name for name in state if 'c_attn' in name]:
@@ -801,13 +765,16 @@ def test_attention_and_norms(flavour):
         state[name] = torch.cat((q, *[k] * 4, *[v] * 4))
     full.load_state_dict(state)
     assert torch.allclose(few(idx), full(idx), atol=1e-5)
-    attn, angles = full.h[0].attn, full.embed(idx)[1]
-    q, k, v = attn.c_attn(x).view(2, 20, 12, 16).transpose(1, 2).chunk(3, 1)
-    if angles:
-        q, k = rope(q, *angles), rope(k, *angles)
+    attn, ln_f = full.h[0].attn, full.ln_f
+    q, k, v = attn.c_attn(x).view(2, 20, 12, 8, 2).transpose(1, 2).chunk(3, 1)
+    if flavour == 'llama':
+        angle = torch.outer(torch.arange(20.0), 10000 ** (-torch.arange(0, 16, 2) / 16))
+        turn = torch.polar(torch.ones(20, 8), angle)                    # by position and pair
+        q, k = (torch.view_as_real(torch.view_as_complex(t.contiguous()) * turn) for t in (q, k))
+    q, k, v = (t.flatten(-2) for t in (q, k, v))
     oracle = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    assert close(attn(x, angles, None), attn.c_proj(oracle), 1e-5)
-    y, x = full.ln_f(x), x - x.mean(-1, keepdim=True) * (flavour == 'gpt2')
+    assert close(attn(x, full.embed(idx)[1], None), attn.c_proj(oracle))
+    y, x = ln_f(x), x - x.mean(-1, keepdim=True) * (flavour == 'gpt2')
     assert torch.allclose(y, x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt(), atol=1e-6)
 
 
@@ -819,9 +786,7 @@ def test_cached_generation_is_the_full_forward(flavour, heads, kv):
     for a, b in itertools.pairwise((0, 7, 8, 15, 20)):
         logits = model(x[:, a:b], caches=caches)
         assert torch.allclose(logits[:, -1], full[:, b - 1], atol=2e-5)
-    if kv == 'int4/16':
-        codes = caches[0].kv.codes                                      # of k and v, packed
-        assert codes.dtype == torch.uint8 and codes.shape == (2, 2, heads or 2, 20, 16)
+    assert kv != 'int4/16' or caches[0].kv.codes.shape == (2, 2, heads or 2, 20, 16)    # packed
 
 
 def test_generate_goes_on_beyond_the_block():
@@ -841,13 +806,6 @@ def test_scales_per_token_cannot_see_the_future(flavour):
         model = gpt(flavour=flavour, activations=how, kv_cache='int8/row')
         same = torch.equal(model(x)[0, :10], model(y)[0, :10])
         assert same == (how in ('int8/row', 'int4/16'))                 # others leak a little
-
-
-def test_rope_turns_pairs_as_complex_numbers():
-    q, angle = normal(1, 1, 1, 8), 7 * 10000 ** (-torch.arange(0, 8, 2)[None] / 8)
-    z = torch.view_as_complex(q.view(4, 2)) * torch.polar(torch.ones(4), angle[0])
-    ours = rope(q, angle.cos(), angle.sin())        # pairs (2i, 2i + 1), at position 7
-    assert torch.allclose(torch.view_as_real(z).flatten(), ours.flatten(), atol=1e-6)
 
 
 @each('n, vocab', [(14, 11), (512, 4096), (2 * 257, 4096)])
@@ -877,8 +835,6 @@ def test_health_sees_what_quantization_does():
     assert 0 < w['snr_db'] < 10 and w['zero'] > 0.2 and w['clipped'] > 0.3
     assert sum(shares.values()) == pytest.approx(1) and equal(model.state_dict(), before)
     assert not any(m._forward_pre_hooks for m in model.modules())
-    x = torch.tensor([[-1.9, -0.4, 0.3, 1.0, 1.0, -1.0, 1.0, 1.4]])     # mean|x| = 1: from -2 to 1
-    assert quant.damage(x, spec('int2/row/absmean'))['clipped'] == 1 / 8
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
@@ -888,8 +844,7 @@ def test_generated_code_is_eager():
     x, scale, results = normal(64, 128), torch.full((64, 1), 0.3), []
     codes = lambda x: quantize(x, TERNARY, 5, scale).codes
     assert torch.equal(torch.compile(codes)(x), codes(x))
-    blocks = dict.fromkeys(('weights', 'activations', 'gradients'), 'int8/32')
-    layer = make(64, 64, backward='requantize', **blocks)
+    layer = Linear(64, 64, how=How(*['int8/32'] * 3, backward='requantize'))
     for f in (torch.compile(layer), layer):
         x = normal(128, 64).bfloat16().requires_grad_()
         y = f(x)
@@ -929,10 +884,9 @@ def test_compiled_is_eager(args, small, capture):
 # ------------------------------------------------------------------------------------------------
 # train.py: the command line
 
-SMALL = ('--n_layer=2 --n_head=2 --n_embd=64 --hidden=64 --block_size=32 --batch_size=4 '
-         '--grad_accum=1 --max_iters=6 --warmup_iters=2 --eval_interval=3 --log_interval=1 '
-         '--eval_tokens=256 --final_tokens=1024 --sample_tokens=8 --dtype=float32 --device=cpu'
-         ).split()
+SMALL = """--n_layer=2 --n_head=2 --n_embd=64 --hidden=64 --block_size=32 --batch_size=4
+    --grad_accum=1 --max_iters=6 --warmup_iters=2 --eval_interval=3 --log_interval=1
+    --eval_tokens=256 --final_tokens=1024 --sample_tokens=8 --dtype=float32 --device=cpu""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -940,13 +894,12 @@ def at_home(monkeypatch):
     monkeypatch.chdir(ROOT)             # where config/ is
 
 
-def error(*args, when=train.main):
+def error(*args):
     """What train.py says when it refuses: one short line, and a status that is not 0."""
     with pytest.raises(SystemExit) as e:
-        when([*map(str, args)])
+        train.main([*map(str, args)])
     says = e.value.code
-    assert isinstance(says, str) and says.startswith('error: ') and '\n' not in says
-    assert len(says) < 400
+    assert says.startswith('error: ') and '\n' not in says and len(says) < 400
     return says
 
 
@@ -974,14 +927,6 @@ def full(data, tmp_path_factory):
     return folder
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / 'log.jsonl').open(encoding='utf-8')]
-
-
-def checkpoint(folder):
-    return torch.load(folder / 'ckpt.pt', weights_only=True)
-
-
 def equal(a, b):
     """Equal checkpoints, bit for bit; how long they took aside."""
     if isinstance(a, dict):
@@ -994,14 +939,13 @@ def equal(a, b):
 
 @each('flags, says', [
     ('--learnng_rate=1', "unknown key 'learnng_rate', did you mean 'learning_rate'"),
-    ('--xyzzy=1', "unknown key 'xyzzy'"), ('--n_layer=2.5', 'n_layer must be an int, not 2.5'),
-    ('--n_layer=True', 'must be an int'), ('--bias=1', 'must be a bool'), ('-x', 'look like'),
-    ('--learning_rate=fast', 'must be a float'), ('--learning_rate=1/0', 'must be a float'),
+    *(('--n_layer=' + bad, 'n_layer must be an int, not ' + bad) for bad in (
+        '2.5', 'True', '9**9**9', '__import__("os").getpid()')),
+    *(('--eps=' + bad, 'eps must be a float') for bad in ('fast', '1/0', 'nan')),
+    ('--n_layer=2**63', 'n_layer = '), ('--bias=1', 'must be a bool'), ('-x', 'look like'),
     ('--batch_size=-1', 'batch_size = -1'), ('--beta2=1', 'beta2 = 1'), ('--beta2=0', 'beta2 = 0'),
     ('--weights=int9', "weights: spec 'int9'"), ('nowhere.py', 'cannot read'),
-    ('--learning_rate=nan', 'must be a float'), ('--seed=-1', 'seed = -1'), ('no.pt', 'no checkp'),
-    ('--max_iters=__import__("os").getpid()', 'must be an int'), ('--min_lr=2', 'min_lr = 2'),
-    ('--max_iters=9**9**9', 'must be an int'), ('--n_layer=2**70', 'n_layer = '),
+    ('--seed=-1', 'seed = -1'), ('no.pt', 'no checkpoint'), ('--min_lr=2', 'min_lr = 2'),
     ('--checkpoint=x.pt', 'unknown key'), ('--device=cuda:9', 'use --device=auto'),
     *((f'--{key}=x', f"{key} = 'x': use ") for key in train.CHOICES),
     # what does not fit together
@@ -1025,17 +969,26 @@ def equal(a, b):
         ('optimizer=muon --threshold=1.', 'optimizer = adamw'))),
     ('--gradients_in=dx', 'give gradients'), ('--backward=fold', 'does nothing without weights'),
     # what is not there
-    *((args, 'needs a checkpoint') for args in ('config/qaft.py', 'config/gptq.py --sequences=8',
-      '--eval_only=True', '--init_from=checkpoint')), ('--dataset=nowhere', "dataset 'nowhere'"),
-    ('--block_size=9999 --batch_size=1', 'lower block_size'),
-    ('--dataset=openwebtext', 'python data/openwebtext/prepare.py')])
-def test_a_bad_flag_is_one_clear_line(flags, says, small, tmp_path):
-    assert says in error(*small, *flags.split()) and not (tmp_path / 'run').exists()
+    *((args, 'needs a checkpoint') for args in (
+        'config/qaft.py', 'config/gptq.py --sequences=8', '--eval_only=True',
+        '--init_from=checkpoint')), ('--block_size=9999 --batch_size=1', 'lower block_size'),
+    ('--dataset=nowhere', 'no dataset'), ('--dataset=openwebtext', 'openwebtext/prepare.py'),
+    # what does not go with a checkpoint
+    ('{ckpt} --n_embd=32', 'another shape'), ('{ckpt} {ckpt}', 'two checkpoints'),
+    ('{ckpt} --rope_theta=5.', 'another rope_theta'),
+    ('{ckpt} config/qaft.py --sequences=1000000', 'ask for fewer'),
+    *(('{ckpt} config/gptq.py --sequences=' + flags, says) for flags, says in (
+        ('0', 'needs data to calibrate'), ('1000000', 'ask for fewer'),
+        ('1 --damping=0', 'more sequences, or more damping'), ('8 --stored=bf16', 'not bf16'),
+        ('8 --weights=int4/row', 'quantizes weights once'), ('8 --stored=int4/48', 'of 48 do'),
+        ('8 --stored=nvfp4', 'symmetric, signed')))])
+def test_a_bad_flag_is_one_clear_line(flags, says, small, full, tmp_path):
+    args = flags.format(ckpt=full / 'ckpt.pt').split()
+    assert says in error(*small, *args) and not (tmp_path / 'run').exists()
 
 
-@each('arg', [
-    '--weights={}', '--{}=1', '{}.py', '{}.pt', '--dataset={}', '--n_layer={}', '--device={}',
-    '-{}', '--init_from={}', '--out_dir={}', '--learning_rate={}1', '--weights=int8/{}'])
+@each('arg', '-{} --{}=1 {}.py {}.pt --dataset={} --n_layer={} --device={} --init_from={} '
+             '--out_dir={} --learning_rate={}1 --weights={} --weights=int8/{}'.split())
 def test_a_long_argument_gives_a_short_line(arg, small):
     assert all(error(*small, arg.format(x * 100_000)) for x in 'x(9-')
 
@@ -1047,7 +1000,7 @@ def test_a_long_argument_gives_a_short_line(arg, small):
     ('n_layer += 1', 'key = value'), ('weights = 8', 'weights must be a str')])
 def test_a_bad_config_file_names_file_and_line(line, says, tmp_path):
     (tmp_path / 'bad.py').write_text(f'# a comment\n{line}\n')
-    said = error(tmp_path / 'bad.py', when=train.parse)
+    said = error(tmp_path / 'bad.py')
     assert says in said and f'{tmp_path}/bad.py:2' in said
 
 
@@ -1063,8 +1016,7 @@ def test_later_files_and_flags_win(tmp_path):
 def test_help_lists_every_key_and_every_word(capsys):
     with pytest.raises(SystemExit) as e:
         train.main(['--help'])
-    words = itertools.chain((f.name for f in fields(Config)), FORMATS, *WORDS.values())
-    out = capsys.readouterr().out
+    words, out = [*vars(Config()), *FORMATS, *sum(WORDS.values(), [])], capsys.readouterr().out
     assert not e.value.code and all(re.search(rf'\b{word}\b', out) for word in words)
 
 
@@ -1073,12 +1025,9 @@ def test_configs_are_short_and_fit_every_size():
         lines = path.read_text(encoding='utf-8').splitlines()
         assert lines[0].startswith('# ') and sum(not x.startswith('#') for x in lines) <= 14
     # a dry run each; of the sizes, 1600 = 25 x 64 is what blocks divide least
-    for size, name in {*((size, 'everything') for size in SIZES),
-                       *(('gpt2_xl', name) for name in STRATEGIES)}:
+    for size, name in [*itertools.product(['gpt2_xl'], STRATEGIES),
+                       *itertools.product(SIZES, ['everything'])]:
         train.parse([f'config/{size}.py', f'config/{name}.py', '--batch_size=1'])
-    assert {*STRATEGIES} >= {*(
-        'baseline w8 w4 a8 a4 g8 w8a8 w8a8g8 w4a4 w4a4g4 adam8 adam4 kv4 bitnet ternary gptq qaft '
-        'ternary_int8 direct8 direct4 dqt_paper everything').split()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1091,13 +1040,11 @@ def test_every_strategy_trains_two_steps(name, small, full, tmp_path, capsys):
     flags = [*start, *small, '--max_iters=2', '--compile=no', *['--sequences=8'][len(start) < 2:]]
     train.main(flags)
     (first, *steps, last), folder = log_of(tmp_path / 'run'), tmp_path / 'run'
-    assert len(first['sha256']) == 64 and first['config']['n_layer'] == 2 and first['world'] == 1
-    assert first['versions']['torch'] == torch.__version__ and last['done']
+    assert first['config']['n_layer'] == 2 and first['versions']['torch'] == torch.__version__
     for i, s in enumerate(steps[:2], 1):
         assert (s['iter'], s['tokens']) == (i, i * 4 * 32) and math.isfinite(s['train_loss'])
         assert s['tokens_per_s'] > 0 and s['lr'] > 0 and s['peak_memory'] > 1e7
-    assert len(steps) == 3 * (name != 'gptq') and 1 < last['val_loss'] < 7
-    assert last['bytes'].keys() >= {'weights', 'optimizer', 'gradients', 'linear'}
+    assert len(steps) == 3 * (name != 'gptq') and last['done'] and 1 < last['val_loss'] < 7
     assert last['val_bpb'] == pytest.approx(last['val_loss'] / math.log(2))
     top, *_, tail = re.split(r'\n(?=.*\n)', capsys.readouterr().out, maxsplit=1)
     said = [getattr(train.parse(flags), key) for key in ('weights', 'stored', 'adam_v')]
@@ -1109,8 +1056,7 @@ def test_every_strategy_trains_two_steps(name, small, full, tmp_path, capsys):
 
 @each('strategy', [
     ['config/ternary.py'], ['config/everything.py'], ['--optimizer=muon', '--adam_m=int8/row'],
-    ['config/w8a8g8.py', 'config/adam4.py', '--dropout=0.1', '--grad_accum=2'],
-], ids=str)
+    ['config/w8a8g8.py', 'config/adam4.py', '--dropout=0.1', '--grad_accum=2']], ids=str)
 def test_resume_is_bit_for_bit_and_needs_no_flags(strategy, small, tmp_path):
     """Nor does it matter how often it is evaluated."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
@@ -1118,14 +1064,10 @@ def test_resume_is_bit_for_bit_and_needs_no_flags(strategy, small, tmp_path):
     train.stopping.append(1)                                            # as Ctrl-C does
     with pytest.raises(SystemExit, match='130'):
         train.main([*strategy, *small, f'--out_dir={parts}', '--eval_interval=1'])
-    assert checkpoint(parts)['iter'] == 1
-    (parts / 'ckpt.pt.tmp').write_bytes(b'left over')
     resume = [f'--out_dir={parts}', '--init_from=resume']
     train.main(resume)
-    assert equal(checkpoint(whole), checkpoint(parts))
-    logs = [[[entry[key] for key in ('iter', 'train_loss', 'tokens', 'lr')] for entry in log_of(f)
-             if 'lr' in entry] for f in (whole, parts)]
-    assert logs[0] == logs[1]
+    steps = lambda f: [(s['iter'], s['train_loss'], s['lr']) for s in log_of(f) if 'lr' in s]
+    assert equal(checkpoint(whole), checkpoint(parts)) and steps(whole) == steps(parts)
     train.main([*resume, '--max_iters=8'])                              # it may grow
     assert checkpoint(parts)['iter'] == 8 and 'beyond' in error(*resume, '--max_iters=7')
 
@@ -1152,8 +1094,7 @@ def test_killed_while_saving_and_resumed(small, tmp_path):
     process = subprocess.Popen([sys.executable, 'train.py', *args, f'--out_dir={killed}'],
                                cwd=ROOT, stdout=subprocess.DEVNULL)
     train.main([*args, f'--out_dir={whole}'])
-    while process.poll() is None and not ((killed / 'ckpt.pt.tmp').exists()
-                                          and (killed / 'ckpt.pt').exists()):
+    while process.poll() is None and len([*killed.glob('ckpt.pt*')]) < 2:   # one is ckpt.pt.tmp
         time.sleep(0.0005)
     process.kill()
     assert process.wait() == -signal.SIGKILL and 0 < checkpoint(killed)['iter'] < 30
@@ -1177,10 +1118,10 @@ def test_update_in_backward_is_the_same_training(strategy, small, tmp_path, monk
     peaks, update = [], train.Run.update
     monkeypatch.setattr(train.Run, 'update', lambda run, *args: peaks.append(sum(bytes_held(
         run.model, run.optimizer)['linear'].values())) or update(run, *args))
+    args = [f'config/{strategy}.py', *small, '--grad_clip=0', '--n_layer=4', '--n_embd=128',
+            '--hidden=384', '--max_iters=3']
     for name, flag in (('a', False), ('b', True)):
-        train.main([f'config/{strategy}.py', *small, '--grad_clip=0', '--n_layer=4',
-                    '--n_embd=128', '--hidden=384', '--max_iters=3',
-                    f'--update_in_backward={flag}', f'--out_dir={tmp_path}/{name}'])
+        train.main([*args, f'--update_in_backward={flag}', f'--out_dir={tmp_path / name}'])
     ends, logs = zip(*((checkpoint(tmp_path / name), log_of(tmp_path / name)) for name in 'ab'))
     assert all(equal(*(end[part] for end in ends)) for part in ('model', 'optimizer'))
     assert [log[-1]['bytes']['linear']['gradients'] for log in logs] == [4, 0]
@@ -1190,13 +1131,10 @@ def test_update_in_backward_is_the_same_training(strategy, small, tmp_path, monk
 def test_two_processes_are_one_with_twice_the_batch(small, tmp_path):
     one, two, script = tmp_path / 'one', tmp_path / 'two', tmp_path / 'ranks.py'
     script.write_text("""import sys, torch, train
-finish = train.Run.finish
-def keep(run):          # every rank leaves what it ends with
-    finish(run)
-    torch.save(run.model.state_dict(), f'{run.config.out_dir}/rank{run.rank}')
-train.Run.finish = keep
-train.main(sys.argv[1:])
-""")
+finish = train.Run.finish       # every rank leaves what it ends with
+train.Run.finish = lambda run: (finish(run), torch.save(
+    run.model.state_dict(), f'{run.config.out_dir}/rank{run.rank}'))
+train.main(sys.argv[1:])""")
     flags = ['config/ternary.py', *small, '--sample_tokens=0', '--compile=no']
     done = run('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', str(script),
                *flags, f'--out_dir={two}', PYTHONPATH=str(ROOT))
@@ -1216,15 +1154,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, full, tmp_path):
     torch.save({**state, 'iter': 3}, path)
     says = error(f'--out_dir={path.parent}', '--init_from=resume')
     assert 'the loss is nan at step 3' in says and 'ckpt.pt is the last good checkpoint' in says
-    wild = [*small, '--overwrite=True', '--learning_rate=1e18', '--grad_clip=0',
-            '--eval_interval=1']
+    wild = '--overwrite=True', '--learning_rate=1e18', '--grad_clip=0', '--eval_interval=1'
     for steps in ('1', '2', '60'):                                      # nothing like it is saved
-        assert 'lower learning_rate or use more bits' in error(*wild, f'--max_iters={steps}')
-        assert not path.exists()
+        says = error(*small, *wild, f'--max_iters={steps}')
+        assert 'lower learning_rate or use more bits' in says and not path.exists()
 
 
 # ------------------------------------------------------------------------------------------------
-# train.py: checkpoints
+# train.py: checkpoints and datasets
 
 def test_a_run_is_never_overwritten_untold(small, tmp_path):
     train.main(small)
@@ -1244,34 +1181,27 @@ def test_a_run_is_never_overwritten_untold(small, tmp_path):
     assert [entry.get('iter') for entry in log_of(path.parent)] == [None, 1, 2, 2, 2]
 
 
-def evaluated(capsys, *args):
-    """What an evaluation of these arguments prints."""
-    capsys.readouterr()
-    train.main([*map(str, args), '--eval_only=True'])
-    return capsys.readouterr().out
-
-
 @each('args', [['config/bitnet.py'], ['config/everything.py', '--tied=False'],
                ['config/kv4.py', '--block_size=64', '--n_kv_head=1', '--norm_eps=.1']], ids=str)
 def test_a_checkpoint_alone_is_the_model(args, small, tmp_path, capsys):
     train.main([*small, *args])
-    loss, folder = f"val loss {log_of(tmp_path / 'run')[-1]['val_loss']:.4f}", tmp_path / 'run'
-    assert loss in evaluated(capsys, folder / 'ckpt.pt')
-    out = evaluated(capsys, folder / 'ckpt.pt', '--prompt=def ')
-    assert loss in out and 'def ' in out
-    assert loss in evaluated(capsys, f'--out_dir={folder}', '--init_from=resume')
+    loss, run, _ = log_of(tmp_path / 'run')[-1]['val_loss'], f'{tmp_path}/run', capsys.readouterr()
+    for text, *given in (('', f'{run}/ckpt.pt'), ('def ', f'{run}/ckpt.pt', '--prompt=def '),
+                         ('', f'--out_dir={run}', '--init_from=resume')):
+        train.main([*given, '--eval_only=True'])
+        out = capsys.readouterr().out
+        assert f'val loss {loss:.4f}' in out and text in out
 
 
 def test_start_from_a_checkpoint(small, full, tmp_path):
-    path, new = full / 'ckpt.pt', [*small, '--max_iters=1']
+    new = [str(full / 'ckpt.pt'), *small, '--max_iters=1']
     for i, how in enumerate(('--weights=int8/row', 'config/ternary.py', 'config/direct8.py')):
-        train.main([str(path), how, *new, f'--out_dir={tmp_path}/{i}'])
+        train.main([*new, how, f'--out_dir={tmp_path}/{i}'])
         assert log_of(tmp_path / str(i))[1]['train_loss'] < 4           # it has learned before
-    ternary = tmp_path / '1' / 'ckpt.pt'
-    for args, says in (([path, '--n_embd=32'], 'another shape'), ([path, ternary], 'two check'),
-                       ([path, '--rope_theta=5.'], 'another rope_theta'),
-                       ([ternary, '--stored=int8/row'], 'use --stored=ternary')):
-        assert says in error(args[0], *new, *args[1:])
+    ternary, gptq = [tmp_path / '1' / 'ckpt.pt', *small], ['config/gptq.py', '--sequences=8']
+    for flags in (['--stored=int8/row'], gptq, [*gptq, f'--stored={TERNARY}']):
+        says = error(*ternary, *flags, '--compute=float')
+        assert f'is quantized already: use --stored={TERNARY}' in says
 
 
 def test_flipped_bits_are_found(full, small, tmp_path):
@@ -1293,7 +1223,7 @@ def test_flipped_bits_are_found(full, small, tmp_path):
 
 
 @each('how, bits', [('rtn', 2), ('gptq', 3), ('gptq', 4), ('rtn', 6), ('gptq', 8)])
-def test_a_packed_checkpoint_is_the_quantized_model(how, bits, small, full, tmp_path, capsys):
+def test_a_packed_checkpoint_is_the_quantized_model(how, bits, small, full, tmp_path):
     path, before, loss = full / 'ckpt.pt', (full / 'ckpt.pt').read_bytes(), log_of(full)[-1]
     train.main([str(path), 'config/gptq.py', *small, f'--ptq={how}', f'--stored=int{bits}/row',
                 '--sequences=8'])
@@ -1302,7 +1232,6 @@ def test_a_packed_checkpoint_is_the_quantized_model(how, bits, small, full, tmp_
     most = 2 * 7 * 64 * 64 * (bits / 8 + 4 / 64) + 4 * 256 * 64 + 16_000    # embedding, names
     assert packed.stat().st_size < most and path.read_bytes() == before
     assert -0.1 < done['val_loss'] - loss['val_loss'] < (0.01 if bits == 8 else 2)
-    assert f"val loss {done['val_loss']:.4f}" in evaluated(capsys, packed)
     run = train.Run(train.parse([str(packed), '--eval_only=True']), 0, 1)
     assert run.evaluate(1024)['val_loss'] == done['val_loss']               # bit for bit
     assert 'no optimizer state' in error(f'--out_dir={packed.parent}', '--init_from=resume')
@@ -1320,26 +1249,6 @@ def test_a_fine_tuned_model_is_packed_without_loss(how, small, full, tmp_path):
     a, b = log_of(tuned)[-1], log_of(packed)[-1]
     assert a['val_loss'] == b['val_loss'] and b['bytes']['linear']['weights'] < 0.6
 
-
-def test_what_cannot_be_quantized_after_training(small, full, tmp_path):
-    gptq, qaft = ([full / 'ckpt.pt', f'config/{name}.py', *small] for name in ('gptq', 'qaft'))
-    for args, says in (
-            ([*gptq, '--weights=int4/row'], 'quantizes weights once'),
-            ([*gptq, '--sequences=0'], 'needs data to calibrate'),
-            ([*gptq, '--sequences=1000000'], 'ask for fewer'),
-            ([*qaft, '--sequences=1000000'], 'ask for fewer'),
-            ([*gptq, '--sequences=1', '--damping=0'], 'more sequences, or more damping'),
-            ([*gptq, '--stored=int4/48'], 'blocks of 48 do'), ([*gptq, '--stored=bf16'], 'bf16'),
-            ([*gptq, '--stored=nvfp4'], 'symmetric, signed')):
-        assert says in error(*args) and not (tmp_path / 'run').exists()
-    train.main([*map(str, [gptq[0], 'config/ternary.py', *small]), '--max_iters=1'])
-    for stored in ('int4/row', TERNARY):
-        flags = f'--stored={stored}', '--compute=float', '--sequences=8', f'--out_dir={tmp_path}/x'
-        assert 'already' in error(tmp_path / 'run' / 'ckpt.pt', 'config/gptq.py', *flags)
-
-
-# ------------------------------------------------------------------------------------------------
-# data
 
 def test_a_name_is_a_folder_in_data_and_a_path_is_a_path(small, data, tmp_path, monkeypatch):
     """./python in the current folder is not the dataset python."""
@@ -1381,9 +1290,7 @@ def test_the_commands_of_the_readme(tmp_path):
         train.parse([word for word in given if 'resume' not in word])
     for path in re.findall(r'`((?:config|data|experiments|convert)/[\w/]+\.py)`', text):
         assert (ROOT / path).exists()
-    done = run('train.py', 'config/ternary.py', '--n_layer=1', '--max_iters=3',
-               '--eval_tokens=512', '--final_tokens=512', '--sample_tokens=5',
-               f'--out_dir={tmp_path / "x"}')
+    done = run('train.py', 'config/ternary.py', *SMALL, f'--out_dir={tmp_path}')
     assert done.returncode == 0 and 'bits/byte' in done.stdout, done.stderr
 
 
