@@ -501,7 +501,7 @@ def test_quantized_states_stay_close_but_linear_v_explodes(m, v, size, error):
                   ('', {'optimizer': 'muon'})])
 def test_a_thousand_steps_without_gradients_leave_numbers(m, keys):
     _, optimizer, step = pair(adam_m=m, shape=(16, 32), **keys)
-    for i in range(1000):
+    for i in range(1000 if 'fp' in m or not m else 100):
         w = step(normal(16, 32, seed=i) * (i < 3))
     assert w.isfinite().all() and all(t.float().isfinite().all() for t in state_of(optimizer))
 
@@ -868,7 +868,7 @@ def capture(monkeypatch):
 def test_compiled_is_eager(args, small, capture):
     """Whole graphs, equal bits. Nothing is compiled after the third step: neither another learning
     rate nor other noise, nor an evaluation in between, makes new code."""
-    args, ends = [*args, *small, '--n_layer=1', '--overwrite=True'], []
+    args, ends = [*args, *small, '--n_layer=1', '--n_kv_head=1', '--overwrite=True'], []
     for how in ('no', 'yes'):
         run = train.Run(train.parse([*args, f'--compile={how}']), 0, 1)
         for step in range(5):
@@ -965,9 +965,9 @@ def equal(a, b):
         ('code_lr=0.1', 'stored'), ('scale_lr=0.1', 'code_lr'), ('damping=.1', 'ptq = gptq'),
         ('flavour=gpt2 --rope_theta=5.', 'flavour = llama'), ('quantize_head=True', 'weights or'),
         ('act_order=True', 'ptq'), ('optimizer=muon --adam_v=rank1', 'optimizer = adamw'),
-        ('ptq=rtn', 'stored'), ('sample_tokens=0 --prompt=x', 'sample_tokens'),
-        ('optimizer=muon --threshold=1.', 'optimizer = adamw'))),
-    ('--gradients_in=dx', 'give gradients'), ('--backward=fold', 'does nothing without weights'),
+        ('optimizer=muon --threshold=1.', 'optimizer = adamw'), ('backward=fold', 'weights or'),
+        ('sample_tokens=0 --prompt=x', 'sample_tokens'))),
+    ('--gradients_in=dx', 'give gradients'), ('--ptq=rtn', 'stored'),
     # what is not there
     *((args, 'needs a checkpoint') for args in (
         'config/qaft.py', 'config/gptq.py --sequences=8', '--eval_only=True',
@@ -983,8 +983,8 @@ def equal(a, b):
         ('8 --weights=int4/row', 'quantizes weights once'), ('8 --stored=int4/48', 'of 48 do'),
         ('8 --stored=nvfp4', 'symmetric, signed')))])
 def test_a_bad_flag_is_one_clear_line(flags, says, small, full, tmp_path):
-    args = flags.format(ckpt=full / 'ckpt.pt').split()
-    assert says in error(*small, *args) and not (tmp_path / 'run').exists()
+    args, first = flags.format(ckpt=full / 'ckpt.pt').split(), '{' in flags     # a checkpoint
+    assert says in error(*args[:first], *small, *args[first:]) and not (tmp_path / 'run').exists()
 
 
 @each('arg', '-{} --{}=1 {}.py {}.pt --dataset={} --n_layer={} --device={} --init_from={} '
@@ -1047,7 +1047,7 @@ def test_every_strategy_trains_two_steps(name, small, full, tmp_path, capsys):
     assert len(steps) == 3 * (name != 'gptq') and last['done'] and 1 < last['val_loss'] < 7
     assert last['val_bpb'] == pytest.approx(last['val_loss'] / math.log(2))
     top, *_, tail = re.split(r'\n(?=.*\n)', capsys.readouterr().out, maxsplit=1)
-    said = [getattr(train.parse(flags), key) for key in ('weights', 'stored', 'adam_v')]
+    said = [first['config'][key] for key in ('weights', 'stored', 'adam_v')]
     assert all(word in top for word in said + ['full precision'] * (name == 'baseline'))
     words = f'{folder}/ckpt.pt', f'{folder}/log.jsonl', 'sample:', 'plot:'
     assert all(word in tail[-700:] for word in words)

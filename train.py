@@ -142,8 +142,7 @@ IDLE = (    # a key, and what it does nothing without: one of some keys, or a va
     ('rope_theta', 'flavour', 'llama'), ('quantize_head', 'weights activations gradients', ''),
     ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
     ('code_lr', 'stored', ''), ('scale_lr', 'code_lr', ''), ('threshold', 'optimizer', 'adamw'),
-    ('adam_v', 'optimizer', 'adamw'), ('damping', 'ptq', 'gptq'), ('act_order', 'ptq', 'gptq'),
-    ('ptq', 'stored', ''))
+    ('adam_v', 'optimizer', 'adamw'), ('damping', 'ptq', 'gptq'), ('act_order', 'ptq', 'gptq'))
 
 
 def fail(message, own=False):
@@ -223,6 +222,9 @@ def parse(argv):
             # it hands on what its model is, and how that was trained
             loaded[arg] = load(arg)
             new = {k: v for k, v in loaded[arg]['config'].items() if k not in OWN_KEYS}
+            undone = [k for k in given if k in new and alike(k, new[k]) != alike(k, given[k])]
+            if undone:
+                fail(f'give {arg} first: it would undo {", ".join(undone)}')
             new |= {'checkpoint': arg, 'init_from': 'checkpoint'}
             names.append(os.path.basename(os.path.dirname(os.path.abspath(arg))))
         elif not arg.startswith('-'):
@@ -235,12 +237,19 @@ def parse(argv):
         config = replace(config, **new)
     config.out_dir = config.out_dir or 'out/' + ('-'.join(names) or 'default')
     if config.init_from == 'resume':
+        if config.checkpoint:
+            fail(f'resume goes on with {config.out_dir}/ckpt.pt: leave out {config.checkpoint}')
         config = resumed(config, given)
     check(config, given)
-    if config.ptq and spec(config.weights) == spec(config.stored):
+    if config.ptq and alike('weights', config.weights) == alike('stored', config.stored):
         config.weights = ''     # what they were trained with: packed, they need no more rounding
     dry_run(config)
     return config
+
+
+def alike(key, value):
+    """A Spec says the same in any order of its words."""
+    return spec(value) if key in SPECS else value
 
 
 def resumed(config, given):
@@ -250,7 +259,7 @@ def resumed(config, given):
     old = loaded[path]['config']
     # `given` has files and flags alone: the same command may be repeated, and none need be
     for key, value in given.items():
-        if key not in RUN_KEYS and value != old[key]:
+        if key not in RUN_KEYS and alike(key, value) != alike(key, old[key]):
             fail(f'{path} was trained with {key} = {old[key]!r}, not {value!r}; leave it out, or '
                  f'start a new run from these weights: python train.py {path} ..')
     own = {'out_dir': config.out_dir, 'checkpoint': path, 'init_from': 'resume'}
@@ -286,6 +295,10 @@ def check(c, given):
     for wrong, why in (
         (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of learning_rate'),
         (not c.beta2, 'beta2 = 0: v is 0 where a gradient is, and the step explodes'),
+        (not (c.eps and c.rope_theta), 'eps and rope_theta must be greater than 0'),
+        (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
+        (c.ptq and c.weights and c.quantize_head, 'ptq would leave the head in full precision: '
+         'it was trained with quantize_head'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
         (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
         (stored and stored.grid == 'bf16' and c.code_lr, 'code_lr moves codes: bf16 has none'),
@@ -390,10 +403,15 @@ def load(path):
 def open_run(config):
     """The checkpoint to start from, or None; fails if another run is in the way."""
     resumes, path = config.init_from == 'resume', config.checkpoint
-    files = [f'{config.out_dir}/{name}' for name in ('ckpt.pt', 'log.jsonl')]
-    if not (resumes or config.eval_only or config.overwrite) and any(map(os.path.exists, files)):
-        fail(f'{config.out_dir} holds a run: go on with --init_from=resume, choose another '
-             '--out_dir, or throw it away with --overwrite=True')
+    old = [f'{config.out_dir}/{name}' for name in ('ckpt.pt', 'log.jsonl')]
+    old = [] if resumes or config.eval_only else list(filter(os.path.exists, old))
+    if old and not config.overwrite:
+        go_on = 'go on with --init_from=resume, ' if 'ckpt.pt' in old[0] else ''
+        fail(f'{config.out_dir} holds a run: {go_on}choose another --out_dir, or throw it away '
+             'with --overwrite=True')
+    if path in old or path and old and os.path.samefile(path, old[0]):
+        fail(f'--overwrite would throw away {path}, which this starts from: choose another '
+             '--out_dir')
     if path and config.init_from != 'scratch':
         return loaded.pop(path, None) or load(path)
     if config.init_from == 'checkpoint' or config.eval_only or config.ptq:
@@ -523,6 +541,7 @@ class Run:
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         self.step, self.seconds, self.losses = 0, 0.0, []            # since the last log line
+        self.other_data = False     # than the checkpoint was trained on
         # weights are drawn on the CPU: the same for every device
         torch.manual_seed(config.seed)
         self.model = GPT(config, self.vocab_size).to(self.device)
@@ -552,7 +571,7 @@ class Run:
         c, path, old = self.config, self.config.checkpoint, checkpoint['config']
         goes_on = c.init_from == 'resume' and not c.eval_only
         # what must be the same, and the shapes of the weights do not show
-        shape = 'flavour', 'n_head', 'rope_theta', 'norm_eps'
+        shape = 'flavour', 'n_head', 'rope_theta', 'norm_eps', 'tied'
         same = {key: (old[key], getattr(c, key)) for key in shape}
         same['tokenizer'] = checkpoint['tokenizer'], self.tokenizer
         if goes_on:
@@ -563,8 +582,9 @@ class Run:
             fail(f'{path} has another {" and another ".join(other)}')
         if goes_on and not checkpoint['optimizer']:
             fail(f'{path} has no optimizer state to go on with')
-        if old['stored'] and (c.ptq or old['stored'] != c.stored):
+        if old['stored'] and (c.ptq or spec(old['stored']) != spec(c.stored)):
             fail(f"{path} is quantized already: use --stored={old['stored']}, and no ptq")
+        self.other_data = checkpoint['sha256'] not in ('', self.meta['sha256'])
         rtn_(self.model, old['stored'])
         try:
             self.model.load_state_dict(checkpoint['model'])
@@ -600,11 +620,13 @@ class Run:
                           world=self.world)
         words = ', '.join(f'{key} {getattr(config, key)}' for key in STRATEGY
                           if getattr(config, key) != getattr(Config, key)) or 'full precision'
-        name, data = map(os.path.basename, (os.path.abspath(config.out_dir), config.dataset))
+        folder = os.path.dirname(config.checkpoint) if config.eval_only else config.out_dir
+        name, data = map(os.path.basename, (os.path.abspath(folder), config.dataset))
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.say(f'{name}: {words}; {config.flavour} {config.n_layer}x{config.n_embd}, {size:.2f}M'
                  f' parameters, {versions["dtype"]}{", compiled" * self.compiled} on {device}'
-                 f', data {data} {self.meta["sha256"][:12]}')
+                 f', data {data} {self.meta["sha256"][:12]}'
+                 + ', which is not what it was trained on' * self.other_data)
 
     def line(self, **entry):
         """A line of log.jsonl, which only rank 0 has, and only where it trains or quantizes."""
@@ -667,9 +689,9 @@ class Run:
 
     def check_finite(self, value, name):
         if not math.isfinite(value):
-            ckpt = f'{self.config.out_dir}/ckpt.pt'
+            ckpt, log = f'{self.config.out_dir}/ckpt.pt', self.log
             fail(f'the {name} is {value} at step {self.step}: lower learning_rate or use more bits'
-                 + (f'; {ckpt} is the last good checkpoint' if os.path.exists(ckpt) else ''))
+                 + f'; {ckpt} is the last good checkpoint' * bool(log and os.path.exists(ckpt)))
 
     def update(self, name, p):
         """A hook: the gradient of p is there; use it, clipped by its own norm, and free it."""

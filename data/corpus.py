@@ -221,7 +221,8 @@ def check_meta(meta):
     ids = [*range(n), *sorted(meta['special'].values())]
     ratio = meta['val_bytes'] / meta['val_tokens'] / meta['bytes_per_token']
     if len(ranks) < n or ids != [*range(meta['vocab_size'])] or abs(ratio - 1) > 1e-6 or \
-            not ranks >= {chr(byte) for byte in range(256)} or not meta['sha256'].isalnum():
+            not ranks >= {chr(byte) for byte in range(256)} or not meta['pattern'] or \
+            not meta['sha256'].isalnum():
         raise ValueError('the tokenizer, bytes_per_token or sha256 in meta.json is damaged')
     encoding(meta).encode_ordinary(__doc__)
 

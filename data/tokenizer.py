@@ -15,6 +15,7 @@ A tokenizer is a dict, and is stored so in meta.json:
 """
 import heapq
 import threading
+import zipfile
 from collections import Counter, defaultdict
 
 import regex
@@ -122,7 +123,12 @@ def checkpoint_tokenizer(path):
     """The tokenizer dict of a checkpoint of train.py: it can be fine-tuned on data made so."""
     import torch
     try:
-        return torch.load(path, map_location='cpu', mmap=True, weights_only=True)['tokenizer']
+        with zipfile.ZipFile(path) as file:  # torch.load looks at no checksum
+            if damaged := file.testzip():
+                raise ValueError(f'{damaged} is damaged')
+        tokenizer = torch.load(path, map_location='cpu', weights_only=True)['tokenizer']
+        encoding(tokenizer)
+        return tokenizer
     except Exception as error:  # a damaged or foreign file raises anything at all
         raise SystemExit(f'--vocab={path}: not a checkpoint of train.py ({error!r})') from None
 
