@@ -121,11 +121,12 @@ def spec(text):
     if 'grid' not in said:
         raise ValueError(f"spec '{text}' names no grid; add one of {', '.join(GRIDS)}")
     s, grid, words = Spec(**said), GRIDS[said['grid']], {str(word) for word in said.values()}
+    bent = MAPS.keys() - {'linear'}
     for is_so, wrong in (
             (s.grid == 'bf16', words - {'bf16', 'stochastic'}),
             (s.grid == 'rank1', words - {'rank1'}), (s.grid == 'ternary', {'asymmetric'}),
-            (grid.float, {'sqrt', 'root4', 'asymmetric', 'absmean'}),
-            (s.sign == 'asymmetric', {'sqrt', 'root4', 'absmean', 'mse'}),
+            (grid.float, bent | {'asymmetric', 'absmean'}),
+            (s.sign == 'asymmetric', bent | {'absmean', 'mse'}),
             (s.sign == 'symmetric' and grid.low == 0, {'hadamard'}),
             (s.map != 'linear', {'absmean'}), (s.format[:2] == 'mx', {'mse'})):
         for word in sorted(words & wrong) if is_so else ():
@@ -702,8 +703,7 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
 
     SR rounds up or down by chance so that the mean is kept, if the Spec says stochastic. A ternary
     code then moves a level against r with probability lr |r~|: the rate is the share of the codes
-    that a step may move.
-    Three things are ours, not paper 2's:
+    that a step may move. Three things are ours, not paper 2's:
 
     - r within tau of 0 is what pure noise would give (`Optimizer.begin`), and moves nothing;
     - a gradient that moved a code is spent: where there is a tau, its m starts from 0 again;
@@ -767,8 +767,8 @@ class Optimizer:
         self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # beta1s: prod beta1
         self.adamw, self.direct, self.muon = adamw_step, direct_step, muon_step
         if compiled:
-            # a graph for each shape: of shapes left open, that of 4-bit states takes six times as
-            # long. More than eight shapes are no sign of a mistake
+            # a graph for each shape: with shapes left open, 4-bit states are far slower. More than
+            # eight shapes are no sign of a mistake
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             steps = adamw_step, direct_step, muon_step
             self.adamw, self.direct, self.muon = (torch.compile(f, dynamic=False) for f in steps)

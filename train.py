@@ -824,7 +824,7 @@ class Run:
 
 
 def keep_memory():
-    """Tell glibc to keep what is freed: fetching pages anew takes a tenth of a step on a CPU."""
+    """Tell glibc to keep what is freed: fetching pages anew takes time in every step."""
     with suppress(AttributeError, OSError, TypeError):      # there is no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                  # M_MMAP_MAX: no tensor has a mapping of its own
