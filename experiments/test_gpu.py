@@ -10,7 +10,7 @@ from experiments.runs import ROOT
 from model import GPT
 from quant import (FORMATS, GRIDS, MAPS, How, Linear, Optimizer, QTensor, dequantize, int_matmul,
                    matmul, quantize, rtn_, uniform)
-from test_quant import CODED, STRATEGIES, every
+from test_quant import STRATEGIES, every
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 each = pytest.mark.parametrize
