@@ -26,7 +26,8 @@ import torch.nn.functional as F
 import model as model_py
 import quant
 import train
-from data.corpus import prepare
+from config import CHOICES, SPECS, load
+from data.corpus import build, load_data, prepare
 from model import GPT, Head
 from quant import (FORMATS, GRIDS, MAPS, WORDS, How, KVCache, Linear, Optimizer, Spec, bytes_held,
                    dequantize, fake_quant, gptq, gptq_, health, hessian, levels, linears,
@@ -34,7 +35,7 @@ from quant import (FORMATS, GRIDS, MAPS, WORDS, How, KVCache, Linear, Optimizer,
 from train import Config
 
 ROOT = Path(__file__).parent
-CONFIGS = sorted(ROOT.glob('config/*.py'))
+CONFIGS = sorted(ROOT.glob('config/[!_]*.py'))
 SIZES = 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b'
 STRATEGIES = [path.stem for path in CONFIGS if path.stem not in SIZES]
 TERNARY = 'ternary/row/absmean/stochastic'
@@ -947,11 +948,11 @@ def equal(a, b):
     ('--weights=int9', "weights: spec 'int9'"), ('nowhere.py', 'cannot read'),
     ('--seed=-1', 'seed = -1'), ('no.pt', 'no checkpoint'), ('--min_lr=2', 'min_lr = 2'),
     ('--checkpoint=x.pt', 'unknown key'), ('--device=cuda:9', 'use --device=auto'),
-    *((f'--{key}=x', f"{key} = 'x': use ") for key in train.CHOICES),
+    *((f'--{key}=x', f"{key} = 'x': use ") for key in CHOICES),
     # what does not fit together
     ('--n_head=3', 'n_head = 3'), ('--n_head=4 --n_kv_head=3', 'n_kv_head = 3'),
     ('--flavour=bert', 'gpt2 or llama'), ('--bias=True', 'no bias'),
-    *((f'--{key}=int8/48', 'blocks of 48 do not divide a last axis of') for key in train.SPECS),
+    *((f'--{key}=int8/48', 'blocks of 48 do not divide a last axis of') for key in SPECS),
     ('--kv_cache=int8/tensor', 'grow token by token'), ('--adam_m=uint8/row', 'no negatives'),
     ('--kv_cache=int8/row/stochastic', 'nearest'), ('--compute=codes', 'give weights'),
     ('--adam_v=int8/row/hadamard', 'must stay positive'),
@@ -1212,7 +1213,7 @@ def test_flipped_bits_are_found(full, small, tmp_path):
         damaged[(2 * i + 1) * len(whole) // 40] ^= 1 << i % 8
         path.write_bytes(damaged)
         try:
-            assert equal(train.load(str(path)), checkpoint(full))
+            assert equal(load(str(path), Config), checkpoint(full))
         except SystemExit as e:
             refused += e.code.startswith('error: ') and '\n' not in e.code
     assert refused > 10                                                 # most of it is tensors
@@ -1257,7 +1258,8 @@ def test_a_name_is_a_folder_in_data_and_a_path_is_a_path(small, data, tmp_path, 
         shutil.copytree(data, tmp_path / folder)
     assert train.parse(['--dataset=./elsewhere']).dataset == str(tmp_path / 'elsewhere')
     assert "no dataset 'elsewhere'" in error(*small, '--dataset=elsewhere')
-    assert train.load_data(train.parse(['--dataset=python']), 0)[2]['name'] == 'python'
+    build('python')
+    assert load_data(train.parse(['--dataset=python']))[2]['name'] == 'python'
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):

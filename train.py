@@ -12,21 +12,16 @@ Train, evaluate and sample one GPT, with any quantization strategy:
 A checkpoint is a config file that also has weights; give it first. A run writes <out_dir>/ckpt.pt
 and <out_dir>/log.jsonl, one JSON object a line.
 """
-import ast
 import ctypes
-import difflib
 import inspect
 import json
 import math
-import operator
 import os
 import signal
-import subprocess
 import sys
 import time
-import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -34,7 +29,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.corpus import TOKENIZER, epoch_order, read_dataset, window_starts
+from config import SPECS, configure, fail, load, loaded, save
+from data.corpus import TOKENIZER, build, epoch_order, load_data, window_starts
 from data.tokenizer import encoding
 from model import GPT
 from quant import (FORMATS, WORDS, Optimizer, bytes_held, gptq_, health, level_shares, noise_key,
@@ -125,191 +121,19 @@ class Config:
     compile: str = 'auto'        # torch.compile: yes or no; auto: where it works and pays
 
 
-# keys of a run, not of its model: a checkpoint does not hand them on
-OWN_KEYS = {'out_dir', 'overwrite', 'init_from', 'checkpoint', 'eval_only', 'ptq', 'damping',
-            'act_order', 'prompt', 'sample_tokens', 'device', 'compile'}
-# what may differ when a run is resumed; the data may lie elsewhere, but must be the same
-RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order'} | {
-    'dataset', 'batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_tokens',
-    'final_tokens', 'log_interval'}
-SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
 STRATEGY = *SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'optimizer', 'code_lr'
-MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens'     # and what is so by default
-CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
-           'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
-           'dtype': ('auto', 'float32', 'bfloat16')}
-IDLE = (    # a key, and what it does nothing without: one of some keys, or a value of one
-    ('rope_theta', 'flavour', 'llama'), ('quantize_head', 'weights activations gradients', ''),
-    ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
-    ('code_lr', 'stored', ''), ('scale_lr', 'code_lr', ''), ('threshold', 'optimizer', 'adamw'),
-    ('adam_v', 'optimizer', 'adamw'), ('damping', 'ptq', 'gptq'), ('act_order', 'ptq', 'gptq'))
-
-
-def fail(message, own=False):
-    """End with one short line, that of rank 0 where all have the same fault and not its `own`."""
-    line = ' '.join(f'error: {message}'.split())
-    if len(line) > 320:     # someone's argument is long; the advice comes last
-        line = f'{line[:160]} .. {line[-156:]}'
-    raise SystemExit(line if own or os.environ.get('RANK', '0') == '0' else 1)
-
-
-# ------------------------------------------------------------------------------------------------
-# the command line: config files and flags are data, read without running them
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv,
-             ast.Pow: lambda a, b: a ** b if abs(b) < 64 else math.inf}     # 9**9**9 never ends
-
-
-def literal(node):
-    """The value of a literal, or of arithmetic on some. Any exception for anything else."""
-    if isinstance(node, ast.BinOp):
-        return OPERATORS[type(node.op)](literal(node.left), literal(node.right))
-    return ast.literal_eval(node)
-
-
-def value_of(key, text, where):
-    """The value of a config key: a literal, or in a flag the bare text of a string."""
-    kinds = {f.name: f.type for f in fields(Config) if f.name != 'checkpoint'}
-    if key not in kinds:
-        near = difflib.get_close_matches(key[:99], kinds, 1) or ['--help']
-        fail(f"unknown key '{key[:99]}', did you mean '{near[0]}'? ({where})")
-    value, kind = None, kinds[key]
-    with suppress(Exception):       # no literal, whatever the reason
-        value = literal(ast.parse(text, mode='eval').body)
-        value = float(value) if kind is float and type(value) is int else value
-    if where.startswith('--') and type(value) is not kind:
-        # --weights=8 is a string too, and --bias=true a bool
-        value = text if kind is str else {'true': True, 'false': False}.get(text.lower(), value)
-    if type(value) is not kind:
-        fail(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, not {text}")
-    # a name is one of data/, wherever one stands; a path means the same later on
-    path = key == 'dataset' and os.path.basename(value) != value
-    return os.path.abspath(value) if path else value
-
-
-def read_config(path):
-    """The lines key = value of a config file as {key: value}."""
-    found = {}
-    try:
-        with open(path, encoding='utf-8-sig') as f:
-            lines = ast.parse(f.read()).body
-        for line in lines:
-            where = f'{path}:{line.lineno}'
-            if isinstance(line, ast.Assign) and [type(t) for t in line.targets] == [ast.Name]:
-                key = line.targets[0].id
-                found[key] = value_of(key, ast.unparse(line.value), where)
-            elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):
-                fail(f'{where}: a config file has lines of the form key = value and comments only')
-    except Exception as e:      # no such file, no text, no Python
-        fail(f"{path}:{getattr(e, 'lineno', 1)}: cannot read it, or not a config file: {e}")
-    return found
 
 
 def parse(argv):
-    """Checkpoints, config files and --key=value flags, in order, to a checked Config."""
-    config, given, names = Config(), {}, []
+    """Checkpoints, config files and --key=value flags, in order, to a Config that works."""
     if '-h' in argv or '--help' in argv:
         words = (f'    {field:9} {" ".join(good)}' for field, good in WORDS.items())
         print(__doc__, inspect.getsource(Config), 'A Spec is words in any order, between /:',
               *words, f'or a format: {" ".join(FORMATS)}. A group can be a number.', sep='\n')
         raise SystemExit(0)
-    for arg in argv:
-        key, equals, text = arg.partition('=')
-        if arg.endswith('.pt') and arg[0] != '-':
-            if config.checkpoint:
-                fail(f'{config.checkpoint} and {arg} are two checkpoints: give one')
-            # it hands on what its model is, and how that was trained
-            loaded[arg] = load(arg)
-            new = {k: v for k, v in loaded[arg]['config'].items() if k not in OWN_KEYS}
-            undone = [k for k in given if k in new and alike(k, new[k]) != alike(k, given[k])]
-            if undone:
-                fail(f'give {arg} first: it would undo {", ".join(undone)}')
-            new |= {'checkpoint': arg, 'init_from': 'checkpoint'}
-            names.append(os.path.basename(os.path.dirname(os.path.abspath(arg))))
-        elif not arg.startswith('-'):
-            given |= (new := read_config(arg))
-            names.append(os.path.splitext(os.path.basename(arg))[0])
-        elif arg.startswith('--') and equals:
-            given |= (new := {key[2:]: value_of(key[2:], text, key)})
-        else:
-            fail(f"'{arg}': flags look like --key=value")
-        config = replace(config, **new)
-    config.out_dir = config.out_dir or 'out/' + ('-'.join(names) or 'default')
-    if config.init_from == 'resume':
-        if config.checkpoint:
-            fail(f'resume goes on with {config.out_dir}/ckpt.pt: leave out {config.checkpoint}')
-        config = resumed(config, given)
-    check(config, given)
-    if config.ptq and alike('weights', config.weights) == alike('stored', config.stored):
-        config.weights = ''     # what they were trained with: packed, they need no more rounding
+    config = configure(argv, Config)
     dry_run(config)
     return config
-
-
-def alike(key, value):
-    """A Spec says the same in any order of its words."""
-    return spec(value) if key in SPECS else value
-
-
-def resumed(config, given):
-    """The config of the run in out_dir; what is given may differ only where that is harmless."""
-    path = f'{config.out_dir}/ckpt.pt'
-    loaded[path] = load(path)
-    old = loaded[path]['config']
-    # `given` has files and flags alone: the same command may be repeated, and none need be
-    for key, value in given.items():
-        if key not in RUN_KEYS and alike(key, value) != alike(key, old[key]):
-            fail(f'{path} was trained with {key} = {old[key]!r}, not {value!r}; leave it out, or '
-                 f'start a new run from these weights: python train.py {path} ..')
-    own = {'out_dir': config.out_dir, 'checkpoint': path, 'init_from': 'resume'}
-    config = Config(**old | given | own)
-    if config.max_iters < loaded[path]['iter']:
-        fail(f"{path} is at step {loaded[path]['iter']}, beyond max_iters = {config.max_iters}")
-    return config
-
-
-def check(c, given):
-    """What can be said of the keys themselves; `dry_run` finds what does not fit together."""
-    specs = {}
-    for key, value in asdict(c).items():
-        if value not in CHOICES.get(key, [value]):
-            fail(f"{key} = '{value}': use {', '.join(filter(None, CHOICES[key]))}")
-        least = int(type(value) is int and getattr(Config, key) and key not in MAY_BE_ZERO)
-        most = 1 if key in ('dropout', 'beta1', 'beta2') else 2 ** 63
-        if type(value) in (int, float) and not least <= value < most:
-            fail(f'{key} = {value} must be at least {least}, and below {most:.3g}')
-        try:
-            s = specs[key] = spec(value) if key in SPECS else None
-        except ValueError as e:
-            fail(f'{key}: {e}')
-        if s and key != 'adam_v' and s.grid[0] in 'ur' and s.sign == 'symmetric':
-            fail(f"{key} = '{value}' has no negatives; use int, or asymmetric")
-    # a key that does nothing is a mistake, but for its default and for what a checkpoint hands on
-    for key, others, good in IDLE:
-        used = [v == good if good else v for v in map(vars(c).get, others.split())]
-        if given.get(key, getattr(Config, key)) != getattr(Config, key) and not any(used):
-            fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}"
-                 + (f' = {good}' if good else '') + '; leave it out')
-    w, stored, v = specs['weights'], specs['stored'], specs['adam_v']
-    for wrong, why in (
-        (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of learning_rate'),
-        (not c.beta2, 'beta2 = 0: v is 0 where a gradient is, and the step explodes'),
-        (not (c.eps and c.rope_theta), 'eps and rope_theta must be greater than 0'),
-        (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
-        (c.ptq and c.weights and c.quantize_head, 'ptq would leave the head in full precision: '
-         'it was trained with quantize_head'),
-        (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
-        (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
-        (stored and stored.grid == 'bf16' and c.code_lr, 'code_lr moves codes: bf16 has none'),
-        (c.ptq and w and (c.ptq, w) != ('rtn', stored), 'ptq quantizes weights once: --ptq=rtn '
-         f'--stored={c.weights} packs what was trained with these `weights`'),
-        (c.ptq == 'gptq' and not c.sequences, 'gptq needs data to calibrate on: --sequences=128'),
-        (c.update_in_backward and c.grad_accum > 1, 'update_in_backward uses each gradient at '
-         'once: set grad_accum = 1'),
-    ):
-        if wrong:
-            fail(why)
 
 
 def dry_run(config):
@@ -329,76 +153,7 @@ def dry_run(config):
 
 
 # ------------------------------------------------------------------------------------------------
-# data: see data/corpus.py for what is in the files, and for the order in which it is read
-
-def load_data(config, rank):
-    """train, val and meta of data/<dataset>; corpora without a download are built."""
-    name, T = config.dataset, config.block_size
-    root = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', name)
-    if rank == 0 and name in ('python', 'sympy') and not os.path.exists(f'{root}/meta.json'):
-        subprocess.run([sys.executable, f'{root}/prepare.py'])
-    if dist.is_initialized():
-        dist.barrier()
-    try:
-        train, val, meta = read_dataset(root)
-    except ValueError as e:
-        fail(e)
-    windows = [(len(data) - 1) // T for data in (train, val)]
-    if min(windows) < 1 or windows[0] < config.sequences:
-        fail(f'{name} has {windows} windows of {T} tokens in train.bin and val.bin: ask for fewer '
-             'sequences, or lower block_size')
-    return train, val, meta
-
-
-def to_batch(data, starts, T, vocab_size, device):
-    """x, y (B, T) from the windows that begin at `starts`; y is x one token on."""
-    window = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
-    if window.max() >= vocab_size:
-        fail(f'the data has id {window.max()}, beyond its vocabulary of {vocab_size}', own=True)
-    if device.type == 'cuda':
-        window = window.pin_memory()
-    window = window.to(device, non_blocking=True)
-    return window[:, :-1], window[:, 1:]
-
-
-# ------------------------------------------------------------------------------------------------
-# checkpoints: dicts, tensors and numbers
-
-FIELDS = {'config', 'sha256', 'tokenizer', 'iter', 'tokens', 'seconds', 'losses', 'model',
-          'optimizer'}
-loaded = {}     # {path: the checkpoint that `parse` found there}, until a run takes it
-
-
-def save(path, checkpoint):
-    """Write beside, then rename: whenever it is interrupted, `path` holds a whole checkpoint."""
-    try:
-        with open(path + '.tmp', 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as e:        # RuntimeError is what torch makes of a full disk
-        with suppress(OSError):
-            os.remove(path + '.tmp')
-        fail(f'could not save {path}, which is still what it was before: {e}')
-
-
-def load(path):
-    """A whole checkpoint of this version of the program, its tensors mapped from the file."""
-    if not os.path.isfile(path):
-        fail(f'no checkpoint {path}')
-    try:
-        with zipfile.ZipFile(path) as f:        # torch.load looks at no checksum
-            if damaged := f.testzip():
-                raise ValueError(f'{damaged} is damaged')
-        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-        kinds = {key: type(value) for key, value in checkpoint['config'].items()}
-    except Exception as e:              # a damaged or foreign file raises anything at all
-        fail(f'{path} is not a whole checkpoint of this program ({e!r}); use another')
-    if kinds != {f.name: f.type for f in fields(Config)} or checkpoint.keys() != FIELDS:
-        fail(f'{path} is by another version of this program, with other keys: train it again')
-    return checkpoint
-
+# the files of a run: ckpt.pt, see config/__init__.py, log.jsonl, and a lock
 
 def open_run(config):
     """The checkpoint to start from, or None; fails if another run is in the way."""
@@ -409,11 +164,11 @@ def open_run(config):
         go_on = 'go on with --init_from=resume, ' if 'ckpt.pt' in old[0] else ''
         fail(f'{config.out_dir} holds a run: {go_on}choose another --out_dir, or throw it away '
              'with --overwrite=True')
-    if path in old or path and old and os.path.samefile(path, old[0]):
+    if path and old and os.path.samefile(path, old[0]):
         fail(f'--overwrite would throw away {path}, which this starts from: choose another '
              '--out_dir')
     if path and config.init_from != 'scratch':
-        return loaded.pop(path, None) or load(path)
+        return loaded.pop(path, None) or load(path, Config)
     if config.init_from == 'checkpoint' or config.eval_only or config.ptq:
         fail('this needs a checkpoint before it: python train.py out/baseline/ckpt.pt ..')
 
@@ -535,7 +290,11 @@ class Run:
         # what can fail comes first: nothing is written before all is built
         checkpoint = open_run(config)
         self.device = pick_device(config)
-        self.train_data, self.val_data, self.meta = load_data(config, rank)
+        if rank == 0:
+            build(config.dataset)
+        if world > 1:
+            dist.barrier()
+        self.train_data, self.val_data, self.meta = load_data(config)
         self.encoding = encoding(self.meta)
         self.tokenizer = {key: self.meta[key] for key in TOKENIZER}
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
@@ -594,12 +353,22 @@ class Run:
             self.step, self.seconds = checkpoint['iter'], checkpoint['seconds']
             self.losses = checkpoint['losses']
 
+    def batch(self, data, starts):
+        """x, y (B, T) from the windows that begin at `starts`; y is x one token on."""
+        T, n = self.config.block_size, self.vocab_size
+        window = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
+        if window.max() >= n:
+            fail(f'the data has id {window.max()}, beyond its vocabulary of {n}', own=True)
+        if self.device.type == 'cuda':
+            window = window.pin_memory()
+        window = window.to(self.device, non_blocking=True)
+        return window[:, :-1], window[:, 1:]
+
     def sequences(self):
         """The `sequences` to calibrate on, [(B, T)]."""
-        c, windows = self.config, (len(self.train_data) - 1) // self.config.block_size
-        starts = epoch_order(c.seed, 0, windows, c.sequences) * c.block_size
-        return [to_batch(self.train_data, starts[i:i + c.batch_size], c.block_size,
-                         self.vocab_size, self.device)[0]
+        c, data = self.config, self.train_data
+        starts = epoch_order(c.seed, 0, (len(data) - 1) // c.block_size, c.sequences)
+        return [self.batch(data, starts[i:i + c.batch_size] * c.block_size)[0]
                 for i in range(0, len(starts), c.batch_size)]
 
     def start_log(self):
@@ -654,7 +423,7 @@ class Run:
         self.model.set_noise(self.config.seed, self.step, -1 - self.rank)
         self.model.eval()
         for i in range(self.rank * B, n, self.world * B):
-            x, y = to_batch(data, starts[i:i + B], T, self.vocab_size, self.device)
+            x, y = self.batch(data, starts[i:i + B])
             with torch.compiler.set_stance('default' if len(x) == B else 'force_eager'):
                 loss = self.model(x, y).item()                       # one shape is compiled
             total += torch.tensor([loss * len(x), len(x)], dtype=torch.float64)
@@ -669,7 +438,7 @@ class Run:
     def report(self, most, **more):
         """Evaluate, look at the health of quantization, log both; what to print of it."""
         result = self.evaluate(most)
-        x, _ = to_batch(self.val_data, [0], self.config.block_size, self.vocab_size, self.device)
+        x, _ = self.batch(self.val_data, [0])
         with torch.compiler.set_stance('force_eager'):               # it hooks into the layers
             more['health'] = health(self.model, x)
         self.line(iter=self.step, tokens=self.step * self.tokens, **result, **more)
@@ -708,8 +477,7 @@ class Run:
         starts = window_starts(config, self.step, len(self.train_data), world)
         total = torch.zeros(2, device=self.device)
         for micro in range(config.grad_accum):
-            x, y = to_batch(self.train_data, starts[micro, self.rank], config.block_size,
-                            self.vocab_size, self.device)
+            x, y = self.batch(self.train_data, starts[micro, self.rank])
             noise = config.seed, self.step, micro * world + self.rank
             self.model.set_noise(*noise)
             torch.manual_seed(noise_key(*noise))                     # for dropout

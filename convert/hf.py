@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from config import fail, save
 from data.tokenizer import encoding, gpt2_tokenizer, tokenizer_dict
 from model import GPT
-from train import Config, fail, save
+from train import Config
 
 NEEDED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'scale_attn_weights': True,
           'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -136,6 +137,11 @@ def prepare(out_dir, name, documents, vocab, limit=math.inf):
     return meta
 
 
+def folder_of(dataset):
+    """The folder of a dataset, by its name in data/, or by its path."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), dataset)
+
+
 def dataset_name(out_dir):
     """What train.py calls a dataset: by name where its folder lies in data/, else by path."""
     path = os.path.abspath(out_dir)
@@ -188,6 +194,26 @@ def encode(tokenizer, documents, batch=1024):
 
 # -----------------------------------------------------------------------------
 # dataset -> ids
+
+
+def build(dataset):
+    """Make a corpus of data/ that needs no download, unless it is there."""
+    root = folder_of(dataset)
+    if dataset in ('python', 'sympy') and not os.path.exists(f'{root}/meta.json'):
+        subprocess.run([sys.executable, f'{root}/prepare.py'])
+
+
+def load_data(config):
+    """
+    The dataset of a run, as read_dataset has it. Raises ValueError also for one that has too few
+    windows of block_size tokens.
+    """
+    train, val, meta = read_dataset(folder_of(config.dataset))
+    windows = [(len(ids) - 1) // config.block_size for ids in (train, val)]
+    if min(windows) < 1 or windows[0] < config.sequences:
+        raise ValueError(f'{config.dataset} has {windows} windows of {config.block_size} tokens in '
+                         'train.bin and val.bin: ask for fewer sequences, or lower block_size')
+    return train, val, meta
 
 
 def read_dataset(root):

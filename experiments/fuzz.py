@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import quant
 import train
+from config import SPECS, fail
 from data.corpus import prepare
 from model import GPT
 
@@ -37,7 +38,6 @@ FIXED = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--hidden=64', '--block_siz
          '--batch_size=2', '--max_iters=4', '--warmup_iters=2', '--eval_interval=100',
          '--eval_tokens=32', '--final_tokens=96', '--log_interval=1']
 OWN = ['--sample_tokens=3', '--device=cpu', '--compile=no']    # what a checkpoint does not hand on
-SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
 USUAL = ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean/stochastic', 'fp8/row', 'int4/32',
          'int8/32/sqrt', 'uint8/32/root4', 'rank1', 'bf16/stochastic', 'nvfp4', 'mxfp8', '')
 KEYS = {
@@ -54,7 +54,7 @@ KEYS = {
     'code_lr': (0.0, 0.1, 0.8), 'scale_lr': (0.0, 0.01), 'threshold': (0.0, 2.0),
     'ramp': (0.0, 20.0), 'log_interval': (1, 3), 'eval_interval': (1, 3)}
 STRATEGIES = [path for path in sorted(ROOT.glob('config/*.py')) if path.stem not in
-              ('gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]
+              ('__init__', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]
 
 
 class Failure(Exception):
@@ -84,7 +84,7 @@ def step(config):
         model(idx, idx).backward()
         quant.Optimizer(model, config).step()
     except ValueError as e:
-        train.fail(e)
+        fail(e)
 
 
 def draw(rng, fixed, counts):

@@ -21,7 +21,7 @@ from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines,
 from model import GPT
 from quant import (How, Linear, Optimizer, bytes_held, dequantize, fake_quant, health, quantize,
                    rtn_)
-from train import parse, pick_dtype, to_batch
+from train import parse, pick_dtype
 
 # every row trains by the rates best for the baseline; experiments/direct.py has the tries. The
 # small ones are so many that they have fewer steps than there
@@ -121,7 +121,7 @@ def look_at(job):
     T = run.config.block_size
     n = max(1, TOKENS // T)
     starts = [i * (len(run.val_data) - T - 1) // n for i in range(n)]
-    return run, *to_batch(run.val_data, starts, T, run.vocab_size, run.device)
+    return run, *run.batch(run.val_data, starts)
 
 
 def layers(run):

@@ -24,7 +24,6 @@ import torch
 
 from experiments.runs import RESULTS, ROOT, SIZES, Job, arguments, load, read, run_all, run_one
 from quant import dequantize, fake_quant, hessian, linears
-from train import to_batch
 
 BITS = 8, 6, 4, 3, 2
 GRID = 'int{}/row/mse'      # of all methods; absmax would leave two bits with three levels in use
@@ -83,7 +82,7 @@ def nll(run, half, most=2 ** 16):
     run.model.eval()
     total = 0.0
     for i in range(0, len(starts), B):
-        x, y = to_batch(data, starts[i:i + B], T, run.vocab_size, run.device)
+        x, y = run.batch(data, starts[i:i + B])
         total += run.model(x, y).item() * len(x)
     return total / len(starts)
 

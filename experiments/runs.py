@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import quant
 import train
+from config import read_arg
 from experiments.ideas import trying
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,10 +82,7 @@ def keys(args):
     which may not be there yet, its path."""
     found = {}
     for arg in plain(args):
-        key, _, text = arg.removeprefix('--').partition('=')
-        found |= {'checkpoint': arg} if arg.endswith('.pt') else \
-            {key: train.value_of(key, text, arg)} if arg.startswith('--') else \
-            train.read_config(arg)
+        found |= {'checkpoint': arg} if arg.endswith('.pt') else read_arg(arg, train.Config)
     return found
 
 

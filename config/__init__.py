@@ -1,0 +1,247 @@
+"""
+The menu, and how it is read: from a command line to a checked config.
+
+The other files of this folder are the menu, lines key = value. They, checkpoints and flags stack,
+and later ones win: `configure(['config/gpt2.py', '--seed=2'], Config)`. All of them are data: what
+they say is read and never run. The keys and their defaults are those of train.Config; which values
+make sense, and which together, is said in `check`. What is wrong ends the program with one line.
+"""
+import ast
+import difflib
+import math
+import operator
+import os
+import zipfile
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+
+import torch
+
+from quant import spec
+
+# keys of a run, not of its model: a checkpoint does not hand them on
+OWN_KEYS = {'out_dir', 'overwrite', 'init_from', 'checkpoint', 'eval_only', 'ptq', 'damping',
+            'act_order', 'prompt', 'sample_tokens', 'device', 'compile'}
+# what may differ when a run is resumed; the data may lie elsewhere, but must be the same
+RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order'} | {
+    'dataset', 'batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_tokens',
+    'final_tokens', 'log_interval'}
+SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
+MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens'     # and what is so by default
+CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
+           'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
+           'dtype': ('auto', 'float32', 'bfloat16')}
+IDLE = (    # a key, and what it does nothing without: one of some keys, or a value of one
+    ('rope_theta', 'flavour', 'llama'), ('quantize_head', 'weights activations gradients', ''),
+    ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
+    ('code_lr', 'stored', ''), ('scale_lr', 'code_lr', ''), ('threshold', 'optimizer', 'adamw'),
+    ('adam_v', 'optimizer', 'adamw'), ('damping', 'ptq', 'gptq'), ('act_order', 'ptq', 'gptq'))
+
+
+def fail(message, own=False):
+    """End with one short line, that of rank 0 where all have the same fault and not its `own`."""
+    line = ' '.join(f'error: {message}'.split())
+    if len(line) > 320:     # someone's argument is long; the advice comes last
+        line = f'{line[:160]} .. {line[-156:]}'
+    raise SystemExit(line if own or os.environ.get('RANK', '0') == '0' else 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# config files and flags
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv,
+             ast.Pow: lambda a, b: a ** b if abs(b) < 64 else math.inf}     # 9**9**9 never ends
+
+
+def literal(node):
+    """The value of a literal, or of arithmetic on some. Any exception for anything else."""
+    if isinstance(node, ast.BinOp):
+        return OPERATORS[type(node.op)](literal(node.left), literal(node.right))
+    return ast.literal_eval(node)
+
+
+def value_of(key, text, where, Config):
+    """The value of a config key: a literal, or in a flag the bare text of a string."""
+    kinds = {f.name: f.type for f in fields(Config) if f.name != 'checkpoint'}
+    if key not in kinds:
+        near = difflib.get_close_matches(key[:99], kinds, 1) or ['--help']
+        fail(f"unknown key '{key[:99]}', did you mean '{near[0]}'? ({where})")
+    value, kind = None, kinds[key]
+    with suppress(Exception):       # no literal, whatever the reason
+        value = literal(ast.parse(text, mode='eval').body)
+        value = float(value) if kind is float and type(value) is int else value
+    if where.startswith('--') and type(value) is not kind:
+        # --weights=8 is a string too, and --bias=true a bool
+        value = text if kind is str else {'true': True, 'false': False}.get(text.lower(), value)
+    if type(value) is not kind:
+        fail(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, not {text}")
+    return value
+
+
+def read_arg(arg, Config):
+    """What a config file or a flag says, as {key: value}."""
+    if arg.startswith('-'):
+        flag, equals, text = arg.partition('=')
+        if not (arg.startswith('--') and equals):
+            fail(f"'{arg}': flags look like --key=value")
+        return {flag[2:]: value_of(flag[2:], text, flag, Config)}
+    found = {}
+    try:
+        with open(arg, encoding='utf-8-sig') as f:
+            lines = ast.parse(f.read()).body
+        for line in lines:
+            where = f'{arg}:{line.lineno}'
+            if isinstance(line, ast.Assign) and [type(t) for t in line.targets] == [ast.Name]:
+                key = line.targets[0].id
+                found[key] = value_of(key, ast.unparse(line.value), where, Config)
+            elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):
+                fail(f'{where}: a config file has lines of the form key = value and comments only')
+    except Exception as e:      # no such file, no text, no Python
+        fail(f"{arg}:{getattr(e, 'lineno', 1)}: cannot read it, or not a config file: {e}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# checkpoints: a config file that also has weights. Dicts, tensors and numbers
+
+FIELDS = {'config', 'sha256', 'tokenizer', 'iter', 'tokens', 'seconds', 'losses', 'model',
+          'optimizer'}
+loaded = {}     # {path: the checkpoint that `configure` found there}, until a run takes it
+
+
+def save(path, checkpoint):
+    """Write beside, then rename: whenever it is interrupted, `path` holds a whole checkpoint."""
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as e:        # RuntimeError is what torch makes of a full disk
+        with suppress(OSError):
+            os.remove(path + '.tmp')
+        fail(f'could not save {path}, which is still what it was before: {e}')
+
+
+def load(path, Config):
+    """A whole checkpoint of this version of the program, its tensors mapped from the file."""
+    if not os.path.isfile(path):
+        fail(f'no checkpoint {path}')
+    try:
+        with zipfile.ZipFile(path) as f:        # torch.load looks at no checksum
+            if damaged := f.testzip():
+                raise ValueError(f'{damaged} is damaged')
+        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+        kinds = {key: type(value) for key, value in checkpoint['config'].items()}
+    except Exception as e:              # a damaged or foreign file raises anything at all
+        fail(f'{path} is not a whole checkpoint of this program ({e!r}); use another')
+    if kinds != {f.name: f.type for f in fields(Config)} or checkpoint.keys() != FIELDS:
+        fail(f'{path} is by another version of this program, with other keys: train it again')
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------------------
+# the command line
+
+def meaning(key, value):
+    """A value, but of a Spec, whose words have any order, and of a path that which it stands for."""
+    if key == 'dataset' and os.path.basename(value) != value:
+        return os.path.abspath(value)       # else it is the name of a folder in data/
+    try:
+        return spec(value) if key in SPECS else value
+    except ValueError as e:
+        fail(f'{key}: {e}')
+
+
+def differ(key, a, b):
+    return meaning(key, a) != meaning(key, b)
+
+
+def configure(argv, Config):
+    """Checkpoints, config files and --key=value flags, in order, to a checked Config."""
+    config, given, names = Config(), {}, []
+    for arg in argv:
+        path = arg
+        if arg.startswith('-') or not arg.endswith('.pt'):
+            given |= (new := read_arg(arg, Config))
+        else:
+            if config.checkpoint:
+                fail(f'{config.checkpoint} and {arg} are two checkpoints: give one')
+            # it hands on what its model is, and how that was trained
+            loaded[arg] = load(arg, Config)
+            new = {k: v for k, v in loaded[arg]['config'].items() if k not in OWN_KEYS}
+            if undone := [k for k in given if k in new and differ(k, new[k], given[k])]:
+                fail(f'give {arg} first: it would undo {", ".join(undone)}')
+            new |= {'checkpoint': arg, 'init_from': 'checkpoint'}
+            path = os.path.dirname(os.path.abspath(arg))        # its run has the folder's name
+        if not arg.startswith('-'):
+            names.append(os.path.basename(path).removesuffix('.py'))
+        config = replace(config, **new)
+    config.out_dir = config.out_dir or 'out/' + ('-'.join(names) or 'default')
+    if config.init_from == 'resume':
+        config = resumed(config, given)
+    check(config, given)
+    config.dataset = meaning('dataset', config.dataset)         # the same later and elsewhere
+    if config.ptq and not differ('weights', config.weights, config.stored):
+        config.weights = ''     # what they were trained with: packed, they need no more rounding
+    return config
+
+
+def resumed(config, given):
+    """The config of the run in out_dir; what is given may differ only where that is harmless."""
+    path = f'{config.out_dir}/ckpt.pt'
+    if config.checkpoint:
+        fail(f'resume goes on with {path}: leave out {config.checkpoint}')
+    loaded[path] = load(path, type(config))
+    old = loaded[path]['config']
+    # `given` has files and flags alone: the same command may be repeated, and none need be
+    for key, value in given.items():
+        if key not in RUN_KEYS and differ(key, value, old[key]):
+            fail(f'{path} was trained with {key} = {old[key]!r}, not {value!r}; leave it out, or '
+                 f'start a new run from these weights: python train.py {path} ..')
+    own = {'out_dir': config.out_dir, 'checkpoint': path, 'init_from': 'resume'}
+    config = replace(config, **old | given | own)
+    if config.max_iters < loaded[path]['iter']:
+        fail(f"{path} is at step {loaded[path]['iter']}, beyond max_iters = {config.max_iters}")
+    return config
+
+
+def check(c, given):
+    """What can be said of the keys themselves; train.dry_run finds what does not fit together."""
+    default, specs = type(c)(), {}
+    for key, value in asdict(c).items():
+        if value not in CHOICES.get(key, [value]):
+            fail(f"{key} = '{value}': use {', '.join(filter(None, CHOICES[key]))}")
+        least = int(type(value) is int and getattr(default, key) and key not in MAY_BE_ZERO)
+        most = 1 if key in ('dropout', 'beta1', 'beta2') else 2 ** 63
+        if type(value) in (int, float) and not least <= value < most:
+            fail(f'{key} = {value} must be at least {least}, and below {most:.3g}')
+        s = specs[key] = meaning(key, value) if key in SPECS else None
+        if s and key != 'adam_v' and s.grid[0] in 'ur' and s.sign == 'symmetric':
+            fail(f"{key} = '{value}' has no negatives; use int, or asymmetric")
+    # a key that does nothing is a mistake, but for its default and for what a checkpoint hands on
+    for key, others, good in IDLE:
+        used = [v == good if good else v for v in map(vars(c).get, others.split())]
+        if given.get(key, getattr(default, key)) != getattr(default, key) and not any(used):
+            fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}"
+                 + (f' = {good}' if good else '') + '; leave it out')
+    w, stored, v = specs['weights'], specs['stored'], specs['adam_v']
+    for wrong, why in (
+        (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of learning_rate'),
+        (not c.beta2, 'beta2 = 0: v is 0 where a gradient is, and the step explodes'),
+        (not (c.eps and c.rope_theta), 'eps and rope_theta must be greater than 0'),
+        (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
+        (c.ptq and c.weights and c.quantize_head, 'ptq would leave the head in full precision: '
+         'it was trained with quantize_head'),
+        (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
+        (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
+        (stored and stored.grid == 'bf16' and c.code_lr, 'code_lr moves codes: bf16 has none'),
+        (c.ptq and w and (c.ptq, w) != ('rtn', stored), 'ptq quantizes weights once: --ptq=rtn '
+         f'--stored={c.weights} packs what was trained with these `weights`'),
+        (c.ptq == 'gptq' and not c.sequences, 'gptq needs data to calibrate on: --sequences=128'),
+        (c.update_in_backward and c.grad_accum > 1, 'update_in_backward uses each gradient at '
+         'once: set grad_accum = 1'),
+    ):
+        if wrong:
+            fail(why)
