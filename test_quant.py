@@ -1168,7 +1168,7 @@ def test_a_run_is_never_overwritten_untold(small, tmp_path):
     train.main(small)
     path, resume = tmp_path / 'run' / 'ckpt.pt', [*small, '--init_from=resume']
     before, old = path.read_bytes(), checkpoint(path.parent)
-    with train.locked(train.parse(small), 0):
+    with train.locked(f'{tmp_path}/run'):
         assert 'in progress' in error(*small, '--overwrite=True')
     for args, says in ((small, 'holds a run'), ([*resume, '--n_layer=3'], 'n_layer = 2, not 3'),
                        ([*resume, '--weights=int8'], 'trained with weights'),

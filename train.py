@@ -13,14 +13,13 @@ A checkpoint is a config file that also has weights; give it first. A run writes
 and <out_dir>/log.jsonl, one JSON object a line.
 """
 import ctypes
-import inspect
 import json
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -29,12 +28,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import SPECS, configure, fail, load, loaded, save
-from data.corpus import TOKENIZER, build, epoch_order, load_data, window_starts
+from config import STRATEGY, configure, fail, open_run, save
+from data.corpus import TOKENIZER, build, load_data, sequence_starts, window_starts
 from data.tokenizer import encoding
 from model import GPT
-from quant import (FORMATS, WORDS, Optimizer, bytes_held, gptq_, health, level_shares, noise_key,
-                   rtn_, spec)
+from quant import Optimizer, bytes_held, gptq_, health, level_shares, noise_key, rtn_, spec
 
 try:
     import fcntl
@@ -121,16 +119,8 @@ class Config:
     compile: str = 'auto'        # torch.compile: yes or no; auto: where it works and pays
 
 
-STRATEGY = *SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'optimizer', 'code_lr'
-
-
 def parse(argv):
     """Checkpoints, config files and --key=value flags, in order, to a Config that works."""
-    if '-h' in argv or '--help' in argv:
-        words = (f'    {field:9} {" ".join(good)}' for field, good in WORDS.items())
-        print(__doc__, inspect.getsource(Config), 'A Spec is words in any order, between /:',
-              *words, f'or a format: {" ".join(FORMATS)}. A group can be a number.', sep='\n')
-        raise SystemExit(0)
     config = configure(argv, Config)
     dry_run(config)
     return config
@@ -153,46 +143,25 @@ def dry_run(config):
 
 
 # ------------------------------------------------------------------------------------------------
-# the files of a run: ckpt.pt, see config/__init__.py, log.jsonl, and a lock
-
-def open_run(config):
-    """The checkpoint to start from, or None; fails if another run is in the way."""
-    resumes, path = config.init_from == 'resume', config.checkpoint
-    old = [f'{config.out_dir}/{name}' for name in ('ckpt.pt', 'log.jsonl')]
-    old = [] if resumes or config.eval_only else list(filter(os.path.exists, old))
-    if old and not config.overwrite:
-        go_on = 'go on with --init_from=resume, ' if 'ckpt.pt' in old[0] else ''
-        fail(f'{config.out_dir} holds a run: {go_on}choose another --out_dir, or throw it away '
-             'with --overwrite=True')
-    if path and old and os.path.samefile(path, old[0]):
-        fail(f'--overwrite would throw away {path}, which this starts from: choose another '
-             '--out_dir')
-    if path and config.init_from != 'scratch':
-        return loaded.pop(path, None) or load(path, Config)
-    if config.init_from == 'checkpoint' or config.eval_only or config.ptq:
-        fail('this needs a checkpoint before it: python train.py out/baseline/ckpt.pt ..')
-
+# the folder of a run: its lock and its log; config/__init__.py has what goes for its checkpoint
 
 @contextmanager
-def locked(config, rank):
+def locked(out_dir):
     """Within, no other run can begin in out_dir. Leaves no folder behind that it made in vain."""
-    if rank or config.eval_only:
-        yield
-        return
-    os.makedirs(config.out_dir, exist_ok=True)
-    with open(f'{config.out_dir}/.lock', 'w') as file:
+    os.makedirs(out_dir, exist_ok=True)
+    with open(f'{out_dir}/.lock', 'w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(f'{config.out_dir} has a run in progress: wait, or choose another --out_dir')
+            fail(f'{out_dir} has a run in progress: wait, or choose another --out_dir')
         except (AttributeError, OSError):       # there is no fcntl, or a file system without locks
             pass
         try:
             yield
         finally:
-            if os.listdir(config.out_dir) == ['.lock']:
+            if os.listdir(out_dir) == ['.lock']:
                 os.remove(file.name)
-                os.rmdir(config.out_dir)
+                os.rmdir(out_dir)
 
 
 def open_log(path, step):
@@ -215,9 +184,8 @@ def open_log(path, step):
 
 def pick_device(config):
     """The device of this process, which works."""
-    name, there = config.device, torch.accelerator.is_available()
-    if name == 'auto':
-        name = torch.accelerator.current_accelerator().type if there else 'cpu'
+    found = torch.accelerator.current_accelerator(check_available=True)
+    name = str(found or 'cpu') if config.device == 'auto' else config.device
     try:
         # torchrun numbers the processes of a machine
         number = os.environ.get('LOCAL_RANK', 0)
@@ -295,12 +263,11 @@ class Run:
         if world > 1:
             dist.barrier()
         self.train_data, self.val_data, self.meta = load_data(config)
-        self.encoding = encoding(self.meta)
         self.tokenizer = {key: self.meta[key] for key in TOKENIZER}
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         self.step, self.seconds, self.losses = 0, 0.0, []            # since the last log line
-        self.other_data = False     # than the checkpoint was trained on
+        self.log = self.optimizer = None
         # weights are drawn on the CPU: the same for every device
         torch.manual_seed(config.seed)
         self.model = GPT(config, self.vocab_size).to(self.device)
@@ -316,14 +283,13 @@ class Run:
         self.compiled = pick_compile(config, self.device)
         if self.compiled:
             self.model.compile()
-        self.optimizer = None
         if not (config.eval_only or config.ptq):
             self.optimizer = Optimizer(self.model, config, self.compiled)
             if config.init_from == 'resume':
                 self.optimizer.load_state_dict(checkpoint['optimizer'])
             for name, p in self.model.named_parameters() if config.update_in_backward else ():
                 p.register_post_accumulate_grad_hook(partial(self.update, name))
-        self.start_log()
+        self.start_log(checkpoint)
 
     def load(self, checkpoint):
         """Take what a checkpoint has: its weights, and how far it is if that goes on."""
@@ -343,7 +309,6 @@ class Run:
             fail(f'{path} has no optimizer state to go on with')
         if old['stored'] and (c.ptq or spec(old['stored']) != spec(c.stored)):
             fail(f"{path} is quantized already: use --stored={old['stored']}, and no ptq")
-        self.other_data = checkpoint['sha256'] not in ('', self.meta['sha256'])
         rtn_(self.model, old['stored'])
         try:
             self.model.load_state_dict(checkpoint['model'])
@@ -366,36 +331,34 @@ class Run:
 
     def sequences(self):
         """The `sequences` to calibrate on, [(B, T)]."""
-        c, data = self.config, self.train_data
-        starts = epoch_order(c.seed, 0, (len(data) - 1) // c.block_size, c.sequences)
-        return [self.batch(data, starts[i:i + c.batch_size] * c.block_size)[0]
-                for i in range(0, len(starts), c.batch_size)]
+        starts = sequence_starts(self.config, len(self.train_data))
+        return [self.batch(self.train_data, some)[0] for some in starts]
 
-    def start_log(self):
+    def start_log(self, checkpoint):
         """Open the log; with everything built and checked, an old run may go if it must."""
-        config, gpu, self.log = self.config, self.device.type == 'cuda', None
+        config, gpu, sha256 = self.config, self.device.type == 'cuda', self.meta['sha256']
         device = torch.cuda.get_device_name(self.device) if gpu else self.device.type
-        versions = {'python': sys.version.split()[0], 'torch': torch.__version__,
-                    'device': device, 'dtype': str(self.model.dtype).split('.')[1]}
+        dtype = str(self.model.dtype).removeprefix('torch.')
         if self.rank == 0 and not config.eval_only:
             os.makedirs(config.out_dir, exist_ok=True)
-            resumes = config.init_from == 'resume'
-            if not resumes:
-                with suppress(FileNotFoundError):
-                    os.remove(f'{config.out_dir}/ckpt.pt')
-            self.log = open_log(f'{config.out_dir}/log.jsonl', self.step if resumes else -1)
+            if config.init_from != 'resume':
+                for name in 'ckpt.pt', 'log.jsonl':
+                    with suppress(FileNotFoundError):
+                        os.remove(f'{config.out_dir}/{name}')
+            self.log = open_log(f'{config.out_dir}/log.jsonl', self.step)
             if not self.log.tell():
-                self.line(config=asdict(config), sha256=self.meta['sha256'], versions=versions,
-                          world=self.world)
+                self.line(config=asdict(config), sha256=sha256, world=self.world, versions={
+                    'python': sys.version.split()[0], 'torch': torch.__version__,
+                    'device': device, 'dtype': dtype})
         words = ', '.join(f'{key} {getattr(config, key)}' for key in STRATEGY
                           if getattr(config, key) != getattr(Config, key)) or 'full precision'
         folder = os.path.dirname(config.checkpoint) if config.eval_only else config.out_dir
         name, data = map(os.path.basename, (os.path.abspath(folder), config.dataset))
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        other = checkpoint and checkpoint['sha256'] not in ('', sha256)
         self.say(f'{name}: {words}; {config.flavour} {config.n_layer}x{config.n_embd}, {size:.2f}M'
-                 f' parameters, {versions["dtype"]}{", compiled" * self.compiled} on {device}'
-                 f', data {data} {self.meta["sha256"][:12]}'
-                 + ', which is not what it was trained on' * self.other_data)
+                 f' parameters, {dtype}{", compiled" * self.compiled} on {device}, data {data} '
+                 + sha256[:12] + ', which is not what it was trained on' * bool(other))
 
     def line(self, **entry):
         """A line of log.jsonl, which only rank 0 has, and only where it trains or quantizes."""
@@ -510,10 +473,9 @@ class Run:
 
     def train(self):
         """Steps up to max_iters, with their log lines, evaluations and checkpoints."""
-        config = self.config
+        config, self.mark = self.config, (self.step, self.seconds)   # of the last log line
         bar = tqdm(total=config.max_iters, initial=self.step, unit='step',
                    disable=None if self.rank == 0 else True)         # None: only on a terminal
-        mark = self.step, self.seconds                               # of the last log line
         self.model.train()
         while self.step < config.max_iters:
             began = time.perf_counter()
@@ -522,14 +484,7 @@ class Run:
             self.seconds += time.perf_counter() - began
             bar.update()
             if self.step % config.log_interval == 0:
-                loss = sum(self.losses) / len(self.losses)
-                rate = (self.step - mark[0]) * self.tokens / (self.seconds - mark[1])
-                self.losses, mark = [], (self.step, self.seconds)
-                self.log_step(loss, rate)
-                bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
-                if bar.disable and self.step % (10 * config.log_interval) == 0:
-                    self.say(f'step {self.step} of {config.max_iters}: loss {loss:.4f}, '
-                             f'{rate:.0f} tokens/s')
+                self.log_steps(bar)
             if self.step % config.eval_interval == 0 or self.step == config.max_iters:
                 says = self.report(config.eval_tokens)
                 self.save()                                          # only then tell
@@ -543,21 +498,28 @@ class Run:
                 raise SystemExit(130)
         bar.close()
 
-    def log_step(self, loss, rate):
-        """The line of a step in log.jsonl."""
-        gpu = self.device.type == 'cuda'
+    def log_steps(self, bar):
+        """A line in log.jsonl on the steps since the last one, and what of it is printed."""
+        config, gpu = self.config, self.device.type == 'cuda'
+        loss = sum(self.losses) / len(self.losses)
+        rate = (self.step - self.mark[0]) * self.tokens / (self.seconds - self.mark[1])
+        self.losses, self.mark = [], (self.step, self.seconds)
         peak = torch.cuda.max_memory_allocated(self.device) if gpu else 0
         if resource and not gpu:        # in kilobytes, but on a Mac
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             peak *= 1 if sys.platform == 'darwin' else 1024
-        flips = {'flips': self.optimizer.flips()} if self.config.stored else {}
+        flips = {'flips': self.optimizer.flips()} if config.stored else {}
         self.line(iter=self.step, tokens=self.step * self.tokens, train_loss=loss,
-                  lr=self.config.learning_rate * schedule(self.config, self.step - 1),
-                  tokens_per_s=rate, **flips, peak_memory=peak)
+                  lr=config.learning_rate * schedule(config, self.step - 1), tokens_per_s=rate,
+                  **flips, peak_memory=peak)
+        bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
+        if bar.disable and self.step % (10 * config.log_interval) == 0:
+            self.say(f'step {self.step} of {config.max_iters}: loss {loss:.4f}, '
+                     f'{rate:.0f} tokens/s')
 
     def sample(self):
         """The prompt and what the model makes of it, as text."""
-        config, enc = self.config, self.encoding
+        config, enc = self.config, encoding(self.meta)
         idx = torch.tensor([enc.encode_ordinary(config.prompt) or [0]], device=self.device)
         generator = torch.Generator(self.device).manual_seed(config.seed)
         self.model.eval()
@@ -604,16 +566,17 @@ def main(argv):
     config = parse(argv)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     try:
-        with locked(config, rank):
+        # an evaluation writes nothing, and other ranks are under the lock of rank 0
+        with nullcontext() if rank or config.eval_only else locked(config.out_dir):
             if world > 1:
                 gpu = torch.cuda.is_available() and config.device in ('auto', 'cuda')
                 dist.init_process_group('nccl' if gpu else 'gloo')
             run = Run(config, rank, world)
-            if config.ptq and not config.eval_only:
-                run.save()
-            elif not config.eval_only:
+            if run.optimizer:
                 with finishing_steps():
                     run.train()
+            elif not config.eval_only:
+                run.save()      # what was just quantized
             run.finish()
     except KeyboardInterrupt:
         raise SystemExit(130) from None

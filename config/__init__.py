@@ -8,6 +8,7 @@ make sense, and which together, is said in `check`. What is wrong ends the progr
 """
 import ast
 import difflib
+import inspect
 import math
 import operator
 import os
@@ -17,7 +18,7 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from quant import spec
+from quant import FORMATS, WORDS, spec
 
 # keys of a run, not of its model: a checkpoint does not hand them on
 OWN_KEYS = {'out_dir', 'overwrite', 'init_from', 'checkpoint', 'eval_only', 'ptq', 'damping',
@@ -27,6 +28,7 @@ RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order'} | {
     'dataset', 'batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_tokens',
     'final_tokens', 'log_interval'}
 SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
+STRATEGY = *SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'optimizer', 'code_lr'
 MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens'     # and what is so by default
 CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
            'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
@@ -141,11 +143,30 @@ def load(path, Config):
     return checkpoint
 
 
+def open_run(config):
+    """The checkpoint to start from, or None; fails if another run is in the way."""
+    out_dir, path = config.out_dir, config.checkpoint
+    old = [f'{out_dir}/{name}' for name in ('ckpt.pt', 'log.jsonl')]
+    old = list(filter(os.path.exists, old))
+    if old and config.init_from != 'resume' and not config.eval_only:
+        if not config.overwrite:
+            go_on = 'go on with --init_from=resume, ' if 'ckpt.pt' in old[0] else ''
+            fail(f'{out_dir} holds a run: {go_on}choose another --out_dir, or throw it away with '
+                 '--overwrite=True')
+        if path and os.path.samefile(path, old[0]):
+            fail(f'--overwrite would throw away {path}, which this starts from: choose another '
+                 '--out_dir')
+    if path and config.init_from != 'scratch':
+        return loaded.pop(path, None) or load(path, type(config))
+    if config.init_from == 'checkpoint' or config.eval_only or config.ptq:
+        fail('this needs a checkpoint before it: python train.py out/baseline/ckpt.pt ..')
+
+
 # ------------------------------------------------------------------------------------------------
 # the command line
 
 def meaning(key, value):
-    """A value, but of a Spec, whose words have any order, and of a path that which it stands for."""
+    """What a value stands for: a Spec, whose words have any order, or the place of a dataset."""
     if key == 'dataset' and os.path.basename(value) != value:
         return os.path.abspath(value)       # else it is the name of a folder in data/
     try:
@@ -158,8 +179,19 @@ def differ(key, a, b):
     return meaning(key, a) != meaning(key, b)
 
 
+def show_help(Config):
+    """What train.py says of itself, all keys with their comments, and the words of a Spec."""
+    words = (f'    {field:9} {" ".join(good)}' for field, good in WORDS.items())
+    print(inspect.getmodule(Config).__doc__, inspect.getsource(Config),
+          'A Spec is words in any order, between /:', *words,
+          f'or a format: {" ".join(FORMATS)}. A group can be a number.', sep='\n')
+    raise SystemExit(0)
+
+
 def configure(argv, Config):
     """Checkpoints, config files and --key=value flags, in order, to a checked Config."""
+    if '-h' in argv or '--help' in argv:
+        show_help(Config)
     config, given, names = Config(), {}, []
     for arg in argv:
         path = arg
