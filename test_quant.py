@@ -27,7 +27,7 @@ import model as model_py
 import quant
 import train
 from config import CHOICES, SPECS, load
-from data.corpus import build, load_data, prepare
+from data.corpus import folder_of, prepare
 from model import GPT, Head
 from quant import (FORMATS, GRIDS, MAPS, WORDS, How, KVCache, Linear, Optimizer, Spec, bytes_held,
                    dequantize, fake_quant, gptq, gptq_, health, hessian, levels, linears,
@@ -951,11 +951,11 @@ def equal(a, b):
     *((f'--{key}=x', f"{key} = 'x': use ") for key in CHOICES),
     # what does not fit together
     ('--n_head=3', 'n_head = 3'), ('--n_head=4 --n_kv_head=3', 'n_kv_head = 3'),
-    ('--flavour=bert', 'gpt2 or llama'), ('--bias=True', 'no bias'),
+    ('--flavour=bert', 'gpt2 or llama'), ('--bias=True', 'no bias'), ('--ptq=rtn', 'stored'),
     *((f'--{key}=int8/48', 'blocks of 48 do not divide a last axis of') for key in SPECS),
     ('--kv_cache=int8/tensor', 'grow token by token'), ('--adam_m=uint8/row', 'no negatives'),
     ('--kv_cache=int8/row/stochastic', 'nearest'), ('--compute=codes', 'give weights'),
-    ('--adam_v=int8/row/hadamard', 'must stay positive'),
+    ('--adam_v=int8/row/hadamard', 'must stay positive'), ('{ckpt} {ckpt}', 'two checkpoints'),
     ('--gradients=nvfp4 --backward=requantize --block_size=25 --batch_size=1', 'blocks of 16 do'),
     ('--optimizer=muon --stored=int8', 'muon'), ('--code_lr=.1 --stored=bf16', 'bf16'),
     ('--update_in_backward=True --grad_accum=2', 'grad_accum = 1'),
@@ -967,16 +967,14 @@ def equal(a, b):
         ('flavour=gpt2 --rope_theta=5.', 'flavour = llama'), ('quantize_head=True', 'weights or'),
         ('act_order=True', 'ptq'), ('optimizer=muon --adam_v=rank1', 'optimizer = adamw'),
         ('optimizer=muon --threshold=1.', 'optimizer = adamw'), ('backward=fold', 'weights or'),
-        ('sample_tokens=0 --prompt=x', 'sample_tokens'))),
-    ('--gradients_in=dx', 'give gradients'), ('--ptq=rtn', 'stored'),
+        ('sample_tokens=0 --prompt=x', 'sample_tokens'))), ('--gradients_in=dx', 'give gradients'),
     # what is not there
     *((args, 'needs a checkpoint') for args in (
         'config/qaft.py', 'config/gptq.py --sequences=8', '--eval_only=True',
         '--init_from=checkpoint')), ('--block_size=9999 --batch_size=1', 'lower block_size'),
     ('--dataset=nowhere', 'no dataset'), ('--dataset=openwebtext', 'openwebtext/prepare.py'),
     # what does not go with a checkpoint
-    ('{ckpt} --n_embd=32', 'another shape'), ('{ckpt} {ckpt}', 'two checkpoints'),
-    ('{ckpt} --rope_theta=5.', 'another rope_theta'),
+    ('{ckpt} --n_embd=32', 'another shape'), ('{ckpt} --rope_theta=5.', 'another rope_theta'),
     ('{ckpt} config/qaft.py --sequences=1000000', 'ask for fewer'),
     *(('{ckpt} config/gptq.py --sequences=' + flags, says) for flags, says in (
         ('0', 'needs data to calibrate'), ('1000000', 'ask for fewer'),
@@ -1172,6 +1170,7 @@ def test_a_run_is_never_overwritten_untold(small, tmp_path):
         assert 'in progress' in error(*small, '--overwrite=True')
     for args, says in ((small, 'holds a run'), ([*resume, '--n_layer=3'], 'n_layer = 2, not 3'),
                        ([*resume, '--weights=int8'], 'trained with weights'),
+                       ([*resume, '--weights=int9'], "weights: spec 'int9'"),
                        ([*resume, '--batch_size=8'], 'tokens per step'),
                        ([*small, '--overwrite=True', '--dataset=nowhere'], 'no dataset')):
         assert says in error(*args) and path.read_bytes() == before
@@ -1258,8 +1257,7 @@ def test_a_name_is_a_folder_in_data_and_a_path_is_a_path(small, data, tmp_path, 
         shutil.copytree(data, tmp_path / folder)
     assert train.parse(['--dataset=./elsewhere']).dataset == str(tmp_path / 'elsewhere')
     assert "no dataset 'elsewhere'" in error(*small, '--dataset=elsewhere')
-    build('python')
-    assert load_data(train.parse(['--dataset=python']))[2]['name'] == 'python'
+    assert folder_of(train.parse(['--dataset=python']).dataset) == f'{ROOT}/data/python'
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):

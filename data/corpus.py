@@ -208,11 +208,12 @@ def load_data(config):
     The dataset of a run, as read_dataset has it. Raises ValueError also for one that has too few
     windows of block_size tokens.
     """
-    train, val, meta = read_dataset(folder_of(config.dataset))
-    windows = [(len(ids) - 1) // config.block_size for ids in (train, val)]
+    name, T = config.dataset, config.block_size
+    train, val, meta = read_dataset(folder_of(name))
+    windows = [(len(ids) - 1) // T for ids in (train, val)]
     if min(windows) < 1 or windows[0] < config.sequences:
-        raise ValueError(f'{config.dataset} has {windows} windows of {config.block_size} tokens in '
-                         'train.bin and val.bin: ask for fewer sequences, or lower block_size')
+        raise ValueError(f'{name} has {windows} windows of {T} tokens in train.bin and val.bin: '
+                         'ask for fewer sequences, or lower block_size')
     return train, val, meta
 
 
