@@ -6,7 +6,10 @@ Text comes back from its tokens, a dataset is whole or refused, and each epoch r
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,8 @@ import pytest
 from data.corpus import prepare, read_dataset, read_files, window_starts, write
 from data.tokenizer import EOT, PATTERN, encoding, make_tokenizer, tokenizer_dict, train_bpe
 
-TEXT = (Path(__file__).resolve().parents[1] / 'quant.py').read_text(encoding='utf-8')
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / 'quant.py').read_text(encoding='utf-8')
 each = pytest.mark.parametrize
 
 
@@ -44,6 +48,16 @@ def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):
         with pytest.raises(SystemExit, match='256'):
             prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], vocab)
     assert not (tmp_path / 'meta.json').exists()
+
+
+def test_prepare_says_how_to_train_from_any_folder_on_any_console(tmp_path):
+    (tmp_path / 'mine.txt').write_text('some text of mine, and more of it. ' * 99)
+    done = subprocess.run([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', 'mine.txt',
+                           '--vocab=256', '--out=köstlich'], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '1'})
+    assert done.returncode == 0, done.stderr
+    assert f"--dataset='{tmp_path}/k?stlich'" in done.stdout.decode('ascii')
+    assert read_dataset(tmp_path / 'köstlich')[2]['name'] == 'köstlich'
 
 
 @each('n_words, dtype', [(65_279, np.uint16), (65_280, np.uint32)])
@@ -76,7 +90,7 @@ def test_a_damaged_meta_json_is_refused_or_works(tmp_path):
     numbers = random.Random(0)
     prepare(tmp_path, 'x', [('train', TEXT), ('val', TEXT[:4000])], 300)
     whole = (tmp_path / 'meta.json').read_bytes()
-    for _ in range(30):
+    for _ in range(300):
         damaged = bytearray(whole)
         damaged[numbers.randrange(len(whole))] = numbers.randrange(256)
         (tmp_path / 'meta.json').write_bytes(damaged)
