@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from quant import (How, KVCache, Linear, QTensor, fake_quant, matmul, matmul_backward,
-                   noise_key, operands, spec)
+                   inductor_options, noise_key, operands, spec)
 
 
 def linear(config, n_in, n_out):
@@ -221,10 +221,7 @@ class GPT(nn.Module):
 
     def compile(self):
         """torch.compile a block, once for all of them, and the loss, in place."""
-        options = None
-        if self.config.compute == 'codes' and self.wte.weight.is_cuda:
-            # scales fuse only into Triton's int8 matmuls
-            options = {'max_autotune_gemm': True}
+        options = inductor_options(self.wte.weight.is_cuda, self.config.compute == 'codes')
         for block in self.h:
             block.compile(options=options)
         self.lm_head.chunk = torch.compile(self.lm_head.chunk, options=options)

@@ -208,8 +208,9 @@ def dequantize(q, dtype=torch.float32):
     if s is None or s.grid == 'bf16':
         return q.codes.to(dtype)
     if s.grid == 'rank1':
-        # v_ij = row_i col_j / mean(row)
-        return (q.codes * (q.scale / q.codes.mean().clamp(min=TINY))).to(dtype)
+        # v_ij = row_i col_j / mean; one mean for each row, so that the kernel of the rows finds it
+        mean = q.scale.expand(*q.codes.shape[:-1], -1).mean(-1, keepdim=True)
+        return (q.codes / mean.clamp(min=TINY) * q.scale).to(dtype)
     y = levels(q)
     x = grouped(y, s) if q.zero is None else grouped(y, s) + q.zero
     x = x * (q.scale.float() if q.outer is None else q.scale.float() * q.outer)
@@ -348,23 +349,28 @@ def pack(c, s):
         if c.shape[-1] % per_byte:
             raise ValueError(f'{per_byte} codes of {s.grid} to a byte do not divide a last axis '
                              f'of {c.shape[-1]}; choose another grid or size')
-        digits = (c & (2 ** width - 1)).unflatten(-1, (per_byte, -1)).unbind(-2)
-        fields.append(sum(digit << (width * i) for i, digit in enumerate(digits)))
+        digits = (c & (2 ** width - 1)).unflatten(-1, (per_byte, -1)).int()
+        fields.append((digits << shifts(width, c)).sum(-2, dtype=torch.int32).to(torch.uint8))
         c = c >> width
-    return torch.cat(fields, -1)
+    return torch.cat(fields, -1) if len(fields) > 1 else fields[0]
 
 
 def unpack(codes, s):
-    """The codes that `pack` put into bytes, from 0 up, uint8 (..., C); others as they are."""
+    """The codes that `pack` put into bytes, from 0 up, int32 (..., C); others as they are."""
     bits, c, shift = GRIDS[s.grid].bits, 0, 0
     if bits > 7:
         return codes
     widths = [w for w in (4, 2, 1) if bits & w]
     sizes = [codes.shape[-1] * w // bits for w in widths]           # bytes of a field
-    for width, field in zip(widths, codes.split(sizes, -1)):
-        digits = [(field >> (width * i)) & (2 ** width - 1) for i in range(8 // width)]
-        c, shift = c + (torch.cat(digits, -1) << shift), shift + width
+    for width, field in zip(widths, codes.split(sizes, -1) if len(sizes) > 1 else [codes]):
+        digits = (field.int().unsqueeze(-2) >> shifts(width, codes)) & (2 ** width - 1)
+        c, shift = c + (digits.flatten(-2) << shift), shift + width
     return c
+
+
+def shifts(width, like):
+    """Where the digits of a byte begin, a column of int32: an index, and not memory to read."""
+    return width * torch.arange(8 // width, dtype=torch.int32, device=like.device).unsqueeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -651,6 +657,25 @@ class KVCache:
 
 
 # ------------------------------------------------------------------------------------------------
+# how a GPU compiles all this
+
+INDUCTOR = {    # options of torch.compile, and why
+    # what a hash, a floor and a clamp make stays in registers: the limits are 30, 4 and 8
+    'realize_opcount_threshold': 1000, 'realize_reads_threshold': 64,
+    'realize_acc_reads_threshold': 64,
+    # scales go into the matmul that makes their sums, not into the kernel after it, which would
+    # read int32
+    'epilogue_fusion_first': True}
+
+
+def inductor_options(on_gpu, codes=False):
+    """The options of this version of torch among INDUCTOR; of matmuls of codes, Triton's too: only
+    into those can scales go."""
+    options = {**INDUCTOR, **({'max_autotune_gemm': True} if codes else {})} if on_gpu else {}
+    return {key: options[key] for key in options.keys() & set(torch._inductor.list_options())}
+
+
+# ------------------------------------------------------------------------------------------------
 # the optimizer: one step of a weight as it is stored
 #
 #     m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
@@ -674,9 +699,15 @@ def moments(g, m, v, h, key):
     """m after the gradient g, float32; v as it will be stored; and r~. r uses v before rounding,
     or, of rank1, v as rebuilt from its row and column."""
     m = h.beta1 * dequantize(m) + (1 - h.beta1) * g
-    v, s = h.beta2 * dequantize(v) + (1 - h.beta2) * g * g, v.spec
-    stored = quantize(v, s, key)
-    v = dequantize(stored) if s and s.grid == 'rank1' else v
+    g2, s = (1 - h.beta2) * g * g, v.spec
+    if s and s.grid == 'rank1':
+        # a mean over columns of the old v is its row, and over rows its column
+        stored = QTensor((h.beta2 * v.codes + g2).mean(-1, keepdim=True),
+                         (h.beta2 * v.scale + g2).mean(-2, keepdim=True), spec=s)
+        v = dequantize(stored)
+    else:
+        v = h.beta2 * dequantize(v) + g2
+        stored = quantize(v, s, key)
     # both bias corrections at once: a division an element instead of three
     r = m / (h.bias1 / h.bias2.sqrt() * v.sqrt() + h.bias1 * h.eps)
     return m, stored, (r.abs() - h.tau).clamp(min=0).copysign(r)
@@ -699,7 +730,7 @@ def adamw_step(w, g, m, v, h, key):
 
 
 def direct_step(w, g, m, v, log_s, h, h_s, key):
-    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved.
+    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row, and q.
 
     SR rounds up or down by chance so that the mean is kept, if the Spec says stochastic. A ternary
     code then moves a level against r with probability lr |r~|: the rate is the share of the codes
@@ -713,7 +744,7 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
 
     new = round_to(q - h.lr * s.top * r, s, key)
-    moved = new != q
+    moved, new = new != q, encode(new, s)
     m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
 
     # dL/dlog s = sum g w over the weights that share it, at the w that made the gradient
@@ -724,10 +755,11 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
 
     w.scale.mul_((-h_s.lr * r_s).exp())
-    w.codes.copy_(pack(encode(new, s), s))
+    w.codes.copy_(pack(new, s))
     put(m, quantize(m_new, m.spec, stream(key, 1)))
     put(v, v_new)
-    return moved.sum()
+    # what is returned is in memory: the kernel that packs the codes need not find them anew
+    return moved.sum(-1, dtype=torch.int32), new
 
 
 def muon_step(w, g, m, h, key):
@@ -766,16 +798,23 @@ class Optimizer:
         self.model, self.config, self.t = model, config, 0
         self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # beta1s: prod beta1
         self.adamw, self.direct, self.muon = adamw_step, direct_step, muon_step
+        self.weights, self.state = self.look(), {}
         if compiled:
             # a graph for each shape: with shapes left open, 4-bit states are far slower. More than
             # eight shapes are no sign of a mistake
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            steps = adamw_step, direct_step, muon_step
-            self.adamw, self.direct, self.muon = (torch.compile(f, dynamic=False) for f in steps)
-        self.weights, self.state = self.look(), {}
+            on_gpu = next(model.parameters()).is_cuda
+            self.adamw, self.direct, self.muon = (
+                torch.compile(f, dynamic=False, options=inductor_options(on_gpu))
+                for f in (adamw_step, direct_step, muon_step))
         for name, (kind, p, w) in self.weights.items():
             how = ('', '') if kind in ('matrix', 'vector') else (config.adam_m, config.adam_v)
-            m, v = (quantize(torch.zeros(p.shape, device=p.device), s) for s in how)
+            how, zeros = [spec(s) for s in how], torch.zeros(p.shape, device=p.device)
+            block, *other = {s.group if s else '' for s in how}
+            if isinstance(block, int) and not other and kind == 'linear' and not w.spec:
+                # blocks alike are rows: all of a step is read and written in one order
+                zeros = grouped(zeros, how[0]).flatten(0, -2)
+            m, v = (quantize(zeros.clone(), s) for s in how)
             # muon has no v; a scale that learns has moments of its own, those of log s
             log_s = [QTensor(torch.zeros_like(w.scale)) for _ in 'mv'] if kind == 'direct' else []
             self.state[name] = [m] if kind == 'muon' else [m, v, *log_s]
@@ -834,17 +873,20 @@ class Optimizer:
     def apply(self, name):
         """Update one parameter by its .grad."""
         (kind, p, w), state, key = self.weights[name], self.state[name], self.keys[name]
+        g, rows = p.grad, len(state[0].codes)
+        if rows != len(p):                                              # blocks, then
+            g, w = g.reshape(rows, -1), QTensor(w.codes.view(rows, -1))
         if kind == 'direct':
             m, v, *log_s = state
-            self.moved[name] = self.direct(w, p.grad, m, v, [q.codes for q in log_s],
-                                           self.rates[kind], self.rates['scale'], key)
+            self.moved[name], _ = self.direct(w, g, m, v, [q.codes for q in log_s],
+                                              self.rates[kind], self.rates['scale'], key)
         else:
             step = self.muon if kind == 'muon' else self.adamw
-            self.moved[name] = step(w, p.grad, *state, self.rates[kind], key)
+            self.moved[name] = step(w, g, *state, self.rates[kind], key)
 
     def flips(self):
         """Share of the stored codes that the last step changed."""
-        moved = {name: int(n) for name, n in self.moved.items() if n is not None}
+        moved = {name: int(n.sum()) for name, n in self.moved.items() if n is not None}
         return sum(moved.values()) / max(1, sum(self.weights[name][1].numel() for name in moved))
 
     def tensors(self):
