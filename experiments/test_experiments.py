@@ -17,7 +17,8 @@ import torch
 import quant
 import train
 from data.corpus import prepare
-from experiments import bench, direct, fuzz, ideas, pretraining, ptq, runs, scaling
+from experiments import (bench, direct, fuzz, ideas, no_gpu, pretraining, ptq, runs,
+                         scaling)
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,6 +233,23 @@ def test_a_step_of_the_benchmark_is_one_of_train_py(small, monkeypatch):
         for _ in range(2):
             step()
         assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters()))
+
+
+@pytest.mark.skipif(bool(no_gpu.lacking()), reason=no_gpu.lacking())
+def test_what_a_gpu_would_run_does_not_grow():
+    """Kernels, and bytes that they move a weight, of the updates and the int8 matmuls of a Linear
+    768 -> 3072, at most as many as were measured; no graph breaks, one copy a step."""
+    pins = {('adam8', 'update'): (3, 34.4), ('adam4', 'update'): (4, 59.4),
+            ('ternary', 'update'): (9, 46.0), ('w8a8g8', 'linear forward'): (3, 75.5),
+            ('w8a8g8', 'linear backward'): (8, 197.3)}
+    strategies = {name: [f'config/{name}.py', '--n_layer=1'] for name, _ in pins}
+    found = no_gpu.pretending('measure', strategies, {}, True)
+    for (name, graph), (kernels, moved) in pins.items():
+        row, = (g for g in found[name]['graphs'] if g['graph'].startswith(graph))
+        assert sum(row['kernels'].values()) <= kernels and not row['extern'], (name, graph)
+        assert row['necessary'] < row['triton_bytes'] + row['template_bytes']
+        assert row['triton_bytes'] + row['template_bytes'] < moved * 768 * 3072, (name, graph)
+        assert found[name]['graph_breaks'] == 0 and found[name]['copies'] == 1
 
 
 def test_random_configurations_are_refused_in_a_line_or_carried_through(capsys):
