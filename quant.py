@@ -20,7 +20,7 @@ import difflib
 import hashlib
 import math
 from collections import namedtuple
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -228,12 +228,13 @@ def fake_quant(x, how, key=0):
 def rotate(x):
     """x H along the last axis, float32: H the orthogonal Hadamard matrix, in blocks of the highest
     power of two that divides the axis, at most 128, over which it spreads an outlier. H H = 1, and
-    (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training, QuEST, 2502.05003)."""
+    (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training, QuEST, 2502.05003). H_ij is
+    -1 to the bits that i and j share, / sqrt(n). What the matmul gives has x's dtype."""
     n = math.gcd(x.shape[-1], 128)
-    h = torch.ones(1, 1, device=x.device)
-    while len(h) < n:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return (x.float().unflatten(-1, (-1, n)) @ h * n ** -0.5).flatten(-2)
+    i = torch.arange(n, device=x.device)
+    signs = 1 - 2 * (sum((i[:, None] & i) >> bit for bit in range(7)) & 1)          # (n, n)
+    y = x.unflatten(-1, (-1, n)) @ signs.to(x.dtype)                                # exact signs
+    return y.float().flatten(-2) * n ** -0.5
 
 
 def grouped(x, s):
@@ -343,7 +344,7 @@ def pack(c, s):
     codes j, j + n ..: memory is read in order. Raises ValueError if bytes are not filled."""
     if GRIDS[s.grid].bits > 7:
         return c
-    fields = []
+    c, fields = in_memory(c), []
     for width in (w for w in (4, 2, 1) if GRIDS[s.grid].bits & w):
         per_byte = 8 // width
         if c.shape[-1] % per_byte:
@@ -366,6 +367,11 @@ def unpack(codes, s):
         digits = (field.int().unsqueeze(-2) >> shifts(width, codes)) & (2 ** width - 1)
         c, shift = c + (digits.flatten(-2) << shift), shift + width
     return c
+
+
+def in_memory(x):
+    """x itself, for which a compiler writes it down, instead of finding it anew for every use."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def shifts(width, like):
@@ -512,7 +518,8 @@ def operands(x, w, how, key):
 
 def matmul_backward(g, x, w, how, key):
     """dx (N, in) and dw (out, in) of QTensors x and w, as saved, and g = dL/dy (N, out)."""
-    method, where, g_hat = BACKWARD[how.backward], how.gradients_in, g
+    method, where = BACKWARD[how.backward], how.gradients_in
+    g = g_hat = in_memory(g) if how.gradients else g
     if method is straight_through:
         # both see one g^; else each rounds a g of its own, with noise of its own
         g_hat = fake_quant(g, how.gradients, stream(key, 2))
@@ -666,12 +673,23 @@ INDUCTOR = {    # options of torch.compile, and why
     # scales go into the matmul that makes their sums, not into the kernel after it, which would
     # read int32
     'epilogue_fusion_first': True}
+CODES = {       # and where codes are multiplied
+    'max_autotune_gemm': True,              # scales can only go into Triton's matmuls
+    'autotune_num_choices_displayed': 0}    # of which there is no need to tell
 
 
 def inductor_options(on_gpu, codes=False):
-    """The options of this version of torch among INDUCTOR; of matmuls of codes, Triton's too: only
-    into those can scales go."""
-    options = {**INDUCTOR, **({'max_autotune_gemm': True} if codes else {})} if on_gpu else {}
+    """Those of the options above that this version of torch knows, for torch.compile."""
+    if codes and on_gpu:
+        with suppress(ImportError, AttributeError):     # private, but nothing else does it
+            from torch._inductor import lowering, select_algorithm
+            # else a transpose before an int8 matmul is dropped: off K it is many times slower
+            lowering.add_layout_constraint(torch.ops.aten._int_mm.default,
+                                           lowering.constrain_to_fx_strides)
+            # cuBLAS is best at floats: not to try Triton's saves a minute or two
+            select_algorithm.get_algorithm_selector_cache().add_preprocessing_fn(
+                lambda choices: [c for c in choices if c.name in ('mm', 'addmm')] or choices)
+    options = {**INDUCTOR, **(CODES if codes else {})} if on_gpu else {}
     return {key: options[key] for key in options.keys() & set(torch._inductor.list_options())}
 
 
@@ -730,7 +748,7 @@ def adamw_step(w, g, m, v, h, key):
 
 
 def direct_step(w, g, m, v, log_s, h, h_s, key):
-    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row, and q.
+    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row.
 
     SR rounds up or down by chance so that the mean is kept, if the Spec says stochastic. A ternary
     code then moves a level against r with probability lr |r~|: the rate is the share of the codes
@@ -744,7 +762,7 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
 
     new = round_to(q - h.lr * s.top * r, s, key)
-    moved, new = new != q, encode(new, s)
+    moved = new != q
     m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
 
     # dL/dlog s = sum g w over the weights that share it, at the w that made the gradient
@@ -755,11 +773,10 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
 
     w.scale.mul_((-h_s.lr * r_s).exp())
-    w.codes.copy_(pack(new, s))
+    w.codes.copy_(pack(encode(new, s), s))
     put(m, quantize(m_new, m.spec, stream(key, 1)))
     put(v, v_new)
-    # what is returned is in memory: the kernel that packs the codes need not find them anew
-    return moved.sum(-1, dtype=torch.int32), new
+    return moved.sum(-1, dtype=torch.int32)
 
 
 def muon_step(w, g, m, h, key):
@@ -878,8 +895,8 @@ class Optimizer:
             g, w = g.reshape(rows, -1), QTensor(w.codes.view(rows, -1))
         if kind == 'direct':
             m, v, *log_s = state
-            self.moved[name], _ = self.direct(w, g, m, v, [q.codes for q in log_s],
-                                              self.rates[kind], self.rates['scale'], key)
+            self.moved[name] = self.direct(w, g, m, v, [q.codes for q in log_s],
+                                           self.rates[kind], self.rates['scale'], key)
         else:
             step = self.muon if kind == 'muon' else self.adamw
             self.moved[name] = step(w, g, *state, self.rates[kind], key)
