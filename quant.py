@@ -344,7 +344,7 @@ def pack(c, s):
     codes j, j + n ..: memory is read in order. Raises ValueError if bytes are not filled."""
     if GRIDS[s.grid].bits > 7:
         return c
-    c, fields = in_memory(c), []
+    fields = []
     for width in (w for w in (4, 2, 1) if GRIDS[s.grid].bits & w):
         per_byte = 8 // width
         if c.shape[-1] % per_byte:
@@ -508,7 +508,7 @@ def operands(x, w, how, key):
     if how.weights:
         w = quantize(dequantize(w), how.weights, stream(key, 0))
     if how.activations:
-        x = quantize(dequantize(x), how.activations, stream(key, 1))
+        x = quantize(x.codes, how.activations, stream(key, 1))
     if how.compute == 'codes' and not together(x.spec, w.spec):
         raise ValueError("compute = 'codes' needs them: give weights (or stored) and activations "
                          'symmetric integers, or fp8, with one scale per row or tensor, both '
@@ -773,7 +773,7 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
 
     w.scale.mul_((-h_s.lr * r_s).exp())
-    w.codes.copy_(pack(encode(new, s), s))
+    w.codes.copy_(pack(in_memory(encode(new, s)), s))
     put(m, quantize(m_new, m.spec, stream(key, 1)))
     put(v, v_new)
     return moved.sum(-1, dtype=torch.int32)
