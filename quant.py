@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -809,13 +810,17 @@ class Optimizer:
     """Steps every parameter of a model as the config (of train.py) says: direct_step the codes of
     a Linear if code_lr > 0, muon_step its float weight if optimizer = 'muon', adamw_step all else.
     Only weights of Linears take the Specs, threshold and ramp. The weight is asked for by its name
-    at every step, so the model stays free to load, cast or replace it."""
+    at every step, so the model stays free to load, cast or replace it. With `shard`, a process has
+    the states of its share alone, and steps that: ZeRO-1, arXiv 1910.02054. The bits are equal."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t = model, config, 0
         self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # beta1s: prod beta1
         self.adamw, self.direct, self.muon = adamw_step, direct_step, muon_step
-        self.weights, self.state = self.look(), {}
+        alone = not (config.shard and dist.is_initialized())
+        self.rank, self.world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        self.weights, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
+        specs = spec(config.adam_m), spec(config.adam_v)
         if compiled:
             # a graph for each shape: with shapes left open, 4-bit states are far slower. More than
             # eight shapes are no sign of a mistake
@@ -825,16 +830,22 @@ class Optimizer:
                 torch.compile(f, dynamic=False, options=inductor_options(on_gpu))
                 for f in (adamw_step, direct_step, muon_step))
         for name, (kind, p, w) in self.weights.items():
-            how = ('', '') if kind in ('matrix', 'vector') else (config.adam_m, config.adam_v)
-            how, zeros = [spec(s) for s in how], torch.zeros(p.shape, device=p.device)
+            # embeddings, whose step is by element, are dealt out by rows; all else has one owner,
+            # the rank that holds least so far, and on others a state that is shapes alone
+            owners = [*range(self.world)] if kind == 'matrix' else [held.index(min(held))]
+            self.owners[name], device = owners, p.device if self.rank in owners else 'meta'
+            how = [None if kind in ('matrix', 'vector') else s for s in specs]
+            zeros = torch.zeros(self.mine(name, p).shape, device=device)
             block, *other = {s.group if s else '' for s in how}
             if isinstance(block, int) and not other and kind == 'linear' and not w.spec:
                 # blocks alike are rows: all of a step is read and written in one order
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
             # muon has no v; a scale that learns has moments of its own, those of log s
-            log_s = [QTensor(torch.zeros_like(w.scale)) for _ in 'mv'] if kind == 'direct' else []
-            self.state[name] = [m] if kind == 'muon' else [m, v, *log_s]
+            log_s = [torch.zeros_like(w.scale, device=device) for _ in 'mv' if kind == 'direct']
+            self.state[name] = [m] if kind == 'muon' else [m, v, *map(QTensor, log_s)]
+            for rank in owners:
+                held[rank] += sum(t.nbytes for t in self.tensors()[name])
 
     def look(self):
         """{name: (kind, parameter, weight as it is stored)}, of what the model holds now."""
@@ -852,11 +863,12 @@ class Optimizer:
     def step(self, schedule=1.0, clip=1.0):
         """One step from the .grad of all parameters, which count `clip` times; `schedule`, in
         [0, 1], is the share of all rates. Or: begin, then apply(name) for every parameter, whose
-        gradient can be freed at once."""
+        gradient can be freed at once, then share."""
         self.begin(schedule, clip)
         for name, (_, p, _) in self.weights.items():
             if p.grad is not None:
                 self.apply(name)
+        self.share()
 
     def begin(self, schedule=1.0, clip=1.0):
         """The numbers of the next step, Rates of each kind and a key for each parameter; they go
@@ -888,10 +900,13 @@ class Optimizer:
 
     @torch.no_grad()
     def apply(self, name):
-        """Update one parameter by its .grad."""
+        """Update one parameter by its .grad, or free that where it is another process's."""
         (kind, p, w), state, key = self.weights[name], self.state[name], self.keys[name]
-        g, rows = p.grad, len(state[0].codes)
-        if rows != len(p):                                              # blocks, then
+        if self.rank not in self.owners[name]:
+            p.grad = None
+            return
+        g, w = self.mine(name, p.grad), w._replace(codes=self.mine(name, w.codes))
+        if (rows := len(state[0].codes)) != len(g):                     # blocks, then
             g, w = g.reshape(rows, -1), QTensor(w.codes.view(rows, -1))
         if kind == 'direct':
             m, v, *log_s = state
@@ -901,10 +916,25 @@ class Optimizer:
             step = self.muon if kind == 'muon' else self.adamw
             self.moved[name] = step(w, g, *state, self.rates[kind], key)
 
+    def mine(self, name, t):
+        """Of a parameter, its gradient or its state: what this process steps, where it owns it."""
+        dealt = self.world > 1 and self.weights.get(name, ' ')[0] == 'matrix'
+        return t.tensor_split(self.world)[self.rank] if dealt else t
+
+    def share(self):
+        """Each process gives all others its share as it is stored: a ternary weight is 2 bits."""
+        for name, owners in self.owners.items() if self.world > 1 else ():
+            for t in filter(torch.is_tensor, self.weights[name][2]):
+                for rank, part in zip(owners, t.tensor_split(len(owners))):
+                    dist.broadcast(part.view(-1).view(torch.uint8), rank)
+
     def flips(self):
         """Share of the stored codes that the last step changed."""
-        moved = {name: int(n.sum()) for name, n in self.moved.items() if n is not None}
-        return sum(moved.values()) / max(1, sum(self.weights[name][1].numel() for name in moved))
+        moved = torch.zeros((), dtype=torch.int64, device=next(self.model.parameters()).device)
+        moved += sum(n.sum() for n in self.moved.values() if n is not None)
+        if self.world > 1:
+            dist.all_reduce(moved)
+        return moved.item() / max(1, sum(p.numel() for _, p, w in self.weights.values() if w.spec))
 
     def tensors(self):
         """{name: [every tensor of its state]}"""
@@ -912,13 +942,23 @@ class Optimizer:
                 for name, state in self.state.items()}
 
     def state_dict(self):
-        """Numbers and tensors only, so that torch.load(weights_only=True) reads it."""
-        return {'t': self.t, 'beta1s': self.beta1s, 'noise': self.noise, 'state': self.tensors()}
+        """Numbers and tensors only, so that torch.load(weights_only=True) reads it. All processes
+        call it; rank 0 has the whole, in CPU memory."""
+        state = self.tensors()
+        for name, ts in state.items() if self.world > 1 else ():
+            found = None if self.rank else [None] * self.world
+            # as bytes: nobody else pickles fp8
+            held = [t.cpu().view(-1).view(torch.uint8) for t in ts if not t.is_meta]
+            dist.gather_object(held, found)
+            if found:
+                state[name] = [torch.cat(parts).view(t.dtype).view((-1, *t.shape[1:])[:t.dim()])
+                               for t, *parts in zip(ts, *filter(None, found))]
+        return {'t': self.t, 'beta1s': self.beta1s, 'noise': self.noise, 'state': state}
 
     def load_state_dict(self, state):
         """Copy a state in. Raises ValueError if it is of another model or stored otherwise."""
-        mine, saved = ([(name, t) for name, ts in tensors.items() for t in ts]
-                       for tensors in (self.tensors(), state['state']))
+        mine = [(name, t) for name, ts in self.tensors().items() for t in ts]
+        saved = [(name, self.mine(name, t)) for name, ts in state['state'].items() for t in ts]
         kinds = [[(name, t.shape, t.dtype) for name, t in ts] for ts in (mine, saved)]
         if kinds[0] != kinds[1]:
             raise ValueError('the optimizer state is of another model, or stored in another way: '
@@ -1024,7 +1064,7 @@ def bytes_held(model, optimizer=None):
     layers, states = linears(model), optimizer.tensors() if optimizer else {}
 
     def size(tensors):      # each storage counts once
-        storages = (t.untyped_storage() for t in tensors if t is not None)
+        storages = (t.untyped_storage() for t in tensors if t is not None and not t.is_meta)
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def of(weights, parameters):

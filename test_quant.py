@@ -39,6 +39,7 @@ CONFIGS = sorted(ROOT.glob('config/[!_]*.py'))
 SIZES = 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b'
 STRATEGIES = [path.stem for path in CONFIGS if path.stem not in SIZES]
 TERNARY = 'ternary/row/absmean/stochastic'
+TORCHRUN = '-m', 'torch.distributed.run', '--standalone'
 each = pytest.mark.parametrize
 
 normal = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -1081,16 +1082,19 @@ def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monke
 
 
 def test_killed_while_saving_and_resumed(small, tmp_path):
-    """kill -9 at an odd moment: out_dir holds a whole checkpoint, and goes on to the same end."""
+    """kill -9 at an odd moment: out_dir holds a whole checkpoint, and goes on to the same end. On
+    Linux, of torchrun: its processes end with it."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     args = ['config/ternary.py', *small, '--eval_interval=1', '--max_iters=30']
-    process = subprocess.Popen([sys.executable, 'train.py', *args, f'--out_dir={killed}'],
-                               cwd=ROOT, stdout=subprocess.DEVNULL)
+    torchrun = [*TORCHRUN, '--nproc_per_node=1'] if sys.platform == 'linux' else []
+    process = subprocess.Popen([sys.executable, *torchrun, 'train.py', *args,
+                                f'--out_dir={killed}'], cwd=ROOT, stdout=subprocess.PIPE)
     train.main([*args, f'--out_dir={whole}'])
     while process.poll() is None and len([*killed.glob('ckpt.pt*')]) < 2:   # one is ckpt.pt.tmp
         time.sleep(0.0005)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and 0 < checkpoint(killed)['iter'] < 30
+    process.communicate(timeout=20)                                     # nobody is left to write
+    assert process.returncode == -signal.SIGKILL and 0 < checkpoint(killed)['iter'] < 30
     train.main([f'--out_dir={killed}', '--init_from=resume'])
     assert equal(checkpoint(whole), checkpoint(killed))
 
@@ -1122,21 +1126,40 @@ def test_update_in_backward_is_the_same_training(strategy, small, tmp_path, monk
 
 
 def test_two_processes_are_one_with_twice_the_batch(small, tmp_path):
-    one, two, script = tmp_path / 'one', tmp_path / 'two', tmp_path / 'ranks.py'
-    script.write_text("""import sys, torch, train
+    """Sharded, each holds half the states, and the bits are the same. Any number goes on."""
+    (tmp_path / 'ranks.py').write_text("""import json, sys, torch, train
 finish = train.Run.finish       # every rank leaves what it ends with
 train.Run.finish = lambda run: (finish(run), torch.save(
     run.model.state_dict(), f'{run.config.out_dir}/rank{run.rank}'))
-train.main(sys.argv[1:])""")
-    flags = ['config/ternary.py', *small, '--sample_tokens=0', '--compile=no']
-    done = run('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', str(script),
-               *flags, f'--out_dir={two}', PYTHONPATH=str(ROOT))
+train.dist.init_process_group('gloo')
+train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: None
+[train.main(args) for args in json.loads(sys.argv[1])]""")
+    at, flags = f'--out_dir={tmp_path}/', [*small, '--sample_tokens=0', '--compile=no']
+    ternary = ['config/ternary.py', *flags, '--grad_accum=2']
+    adam8 = ['config/adam8.py', *flags, '--update_in_backward=True']
+    resume = ['--init_from=resume', '--max_iters=8']
+    train.main([*ternary, '--batch_size=8', at + 'one'])
+    runs = [[*ternary, at + 'bf16', '--reduce_dtype=bfloat16'],
+            [at + 'one', *resume, '--batch_size=4', '--shard=True']]
+    for shard, strategy in itertools.product((True, False), (ternary, adam8)):
+        folder = f'{at}{strategy[0][7:-3]}{shard}'
+        runs += [[*strategy, folder, f'--shard={not shard}'],
+                 [folder, *resume, f'--shard={shard}']]
+    done = run(*TORCHRUN, '--nproc_per_node=2', str(tmp_path / 'ranks.py'), json.dumps(runs),
+               PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
-    train.main([*flags, '--batch_size=8', f'--out_dir={one}'])
-    assert equal(*(torch.load(two / f'rank{r}', weights_only=True) for r in (0, 1)))
-    for a, b in zip(log_of(one), log_of(two)):
+    for name in 'ternary', 'adam8':
+        folders = [tmp_path / f'{name}{b}' for b in (False, True)]
+        whole, half = (log_of(folder)[-1]['bytes']['optimizer'] for folder in folders)
+        assert 0.45 < half / whole < 0.55 and equal(*map(checkpoint, folders))
+        assert equal(*(torch.load(folders[1] / f'rank{r}', weights_only=True) for r in (0, 1)))
+    train.main([at + 'ternaryTrue', resume[0], '--batch_size=8', '--max_iters=9'])
+    one, two, bf16 = (log_of(tmp_path / name) for name in ('one', 'ternaryFalse', 'bf16'))
+    a, b = ([line.get('train_loss', 0) for line in log[:9]] for log in (bf16, two))
+    assert a != b and a == pytest.approx(b, abs=2e-2)
+    for a, b in zip(one, two):
         assert a.keys() == b.keys() and a.get('world', 1) == b.get('world', 2) - 1
-        for key in {'train_loss', 'val_loss', 'tokens'} & a.keys():
+        for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():
             assert a[key] == pytest.approx(b[key], abs=2e-3)
 
 

@@ -28,17 +28,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import STRATEGY, configure, fail, open_run, save
+from config import STRATEGY, configure, fail, locked, open_run, save
 from data.corpus import TOKENIZER, build, load_data, sequence_starts, window_starts
 from data.tokenizer import encoding
 from model import GPT
 from quant import Optimizer, bytes_held, gptq_, health, level_shares, noise_key, rtn_, spec
 
 try:
-    import fcntl
     import resource
-except ImportError:     # on Windows: no lock, and no peak of memory in the log
-    fcntl = resource = None
+except ImportError:     # on Windows: no peak of memory in the log
+    resource = None
 
 
 @dataclass
@@ -89,6 +88,8 @@ class Config:
     code_lr: float = 0.0         # > 0: the direct update of low-bit codes, half ranges a step
     scale_lr: float = 0.01       # of their scales, then; 0: fixed
     update_in_backward: bool = False  # each gradient at once, clipped by its norm, then freed
+    shard: bool = False          # a process holds the optimizer states of its share of the weights
+    reduce_dtype: str = ''       # of gradients as processes sum them: their own, or bfloat16
 
     # instead of training
     ptq: str = ''                # rtn or gptq: quantize trained weights, which become `stored`
@@ -143,26 +144,7 @@ def dry_run(config):
 
 
 # ------------------------------------------------------------------------------------------------
-# the folder of a run: its lock and its log; config/__init__.py has what goes for its checkpoint
-
-@contextmanager
-def locked(out_dir):
-    """Within, no other run can begin in out_dir. Leaves no folder behind that it made in vain."""
-    os.makedirs(out_dir, exist_ok=True)
-    with open(f'{out_dir}/.lock', 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f'{out_dir} has a run in progress: wait, or choose another --out_dir')
-        except (AttributeError, OSError):       # there is no fcntl, or a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            if os.listdir(out_dir) == ['.lock']:
-                os.remove(file.name)
-                os.rmdir(out_dir)
-
+# the log of a run; config/__init__.py has what goes for its folder and its checkpoint
 
 def open_log(path, step):
     """The log, to write on; what was logged after `step`, or half-written, is dropped from it."""
@@ -287,7 +269,8 @@ class Run:
             self.optimizer = Optimizer(self.model, config, self.compiled)
             if config.init_from == 'resume':
                 self.optimizer.load_state_dict(checkpoint['optimizer'])
-            for name, p in self.model.named_parameters() if config.update_in_backward else ():
+            hooked = world > 1 or config.update_in_backward
+            for name, p in self.model.named_parameters() if hooked else ():
                 p.register_post_accumulate_grad_hook(partial(self.update, name))
         self.start_log(checkpoint)
 
@@ -412,12 +395,13 @@ class Run:
         weights = self.model.state_dict()
         norms = [t.float().norm().item() for t in weights.values() if t.is_floating_point()]
         self.check_finite(sum(norms), 'norm of the weights')
+        optimizer = self.optimizer.state_dict() if self.optimizer else None
         if self.rank == 0:
             save(f'{self.config.out_dir}/ckpt.pt', {
                 'config': {**asdict(self.config), 'ptq': ''}, 'sha256': self.meta['sha256'],
                 'tokenizer': self.tokenizer, 'iter': self.step, 'tokens': self.tokens,
                 'seconds': self.seconds, 'losses': self.losses, 'model': weights,
-                'optimizer': self.optimizer.state_dict() if self.optimizer else None})
+                'optimizer': optimizer})
 
     def check_finite(self, value, name):
         if not math.isfinite(value):
@@ -426,13 +410,24 @@ class Run:
                  + f'; {ckpt} is the last good checkpoint' * bool(log and os.path.exists(ckpt)))
 
     def update(self, name, p):
-        """A hook: the gradient of p is there; use it, clipped by its own norm, and free it."""
-        if self.world > 1:
-            dist.all_reduce(p.grad)
-        self.norms.append(torch.linalg.vector_norm(p.grad))
-        p.grad.mul_((self.limit / (self.norms[-1] + 1e-6)).clamp(max=1))
-        self.optimizer.apply(name)
-        p.grad = None
+        """A hook: the gradient of p is there. Begin to sum it over all processes; or, in the
+        backward, use that sum at once, clipped by its own norm, and free it."""
+        if self.world > 1 and self.last:
+            g = p.grad.bfloat16() if self.config.reduce_dtype else p.grad
+            self.sent.append((p.grad, g, dist.all_reduce(g, async_op=True)))
+        if self.config.update_in_backward:
+            self.receive()
+            self.norms.append(torch.linalg.vector_norm(p.grad))
+            p.grad.mul_((self.limit / (self.norms[-1] + 1e-6)).clamp(max=1))
+            self.optimizer.apply(name)
+            p.grad = None
+
+    def receive(self):
+        """Wait for all sums that have begun."""
+        for grad, g, work in self.sent:
+            work.wait()
+            grad.copy_(g)       # nothing, where both are one
+        self.sent = []
 
     def forward_backward(self):
         """Backward through all micro-steps and processes: (loss, wishes to stop, gradients)."""
@@ -445,19 +440,20 @@ class Run:
             self.model.set_noise(*noise)
             torch.manual_seed(noise_key(*noise))                     # for dropout
             loss = self.model(x, y) / (config.grad_accum * world)
+            self.last = micro == config.grad_accum - 1
             loss.backward()
             total[0] += loss.detach()
         # a signal to one process stops all of them, after the same step
         total[1] = len(stopping)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        for tensor in (*grads, total) if world > 1 else ():
-            dist.all_reduce(tensor)
-        return *total.tolist(), grads
+        self.receive()
+        if world > 1:
+            dist.all_reduce(total)
+        return *total.tolist(), [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def advance(self):
         """One optimizer step; its loss, and whether to stop."""
         at_once, rate = self.config.update_in_backward, schedule(self.config, self.step)
-        self.norms, self.limit = [], self.config.grad_clip or math.inf
+        self.norms, self.sent, self.limit = [], [], self.config.grad_clip or math.inf
         self.model.zero_grad(set_to_none=True)
         if at_once:
             self.optimizer.begin(rate)
@@ -466,7 +462,9 @@ class Run:
         norm = torch.nn.utils.get_total_norm(self.norms if at_once else grads).item()
         self.check_finite(loss, 'loss')
         self.check_finite(norm, 'norm of the gradient')
-        if not at_once:
+        if at_once:
+            self.optimizer.share()
+        else:
             self.optimizer.step(rate, min(1.0, self.limit / (norm + 1e-6)))
         self.step += 1
         return loss, stop
@@ -553,12 +551,15 @@ class Run:
                  f'checkpoint {out}/ckpt.pt, log {out}/log.jsonl')
 
 
-def keep_memory():
-    """Tell glibc to keep what is freed: fetching pages anew takes time in every step."""
-    with suppress(AttributeError, OSError, TypeError):      # there is no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                  # M_MMAP_MAX: no tensor has a mapping of its own
-        mallopt(-1, 2 ** 31 - 1)        # M_TRIM_THRESHOLD: the heap does not shrink
+def tell_system():
+    """Have glibc keep what is freed: fetching pages anew takes time in every step. Have Linux kill
+    this process when torchrun ends, which started it, even by kill -9."""
+    with suppress(AttributeError, OSError, TypeError):      # it has no such calls
+        c = ctypes.CDLL(None)
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
+            c.prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        c.mallopt(-4, 0)                    # M_MMAP_MAX: no tensor has a mapping of its own
+        c.mallopt(-1, 2 ** 31 - 1)          # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def main(argv):
@@ -595,5 +596,5 @@ if __name__ == '__main__':
     # either may be closed, and a terminal need not know every character
     sys.stdout, sys.stderr = (f or open(os.devnull, 'w') for f in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors='replace')
-    keep_memory()
+    tell_system()
     main(sys.argv[1:])

@@ -13,16 +13,21 @@ import math
 import operator
 import os
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 
 import torch
 
 from quant import FORMATS, WORDS, spec
 
+try:
+    import fcntl
+except ImportError:     # on Windows: no lock
+    fcntl = None
+
 # keys of a run, not of its model: a checkpoint does not hand them on
 OWN_KEYS = {'out_dir', 'overwrite', 'init_from', 'checkpoint', 'eval_only', 'ptq', 'damping',
-            'act_order', 'prompt', 'sample_tokens', 'device', 'compile'}
+            'act_order', 'prompt', 'sample_tokens', 'device', 'compile', 'shard', 'reduce_dtype'}
 # what may differ when a run is resumed; the data may lie elsewhere, but must be the same
 RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order'} | {
     'dataset', 'batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_tokens',
@@ -32,7 +37,7 @@ STRATEGY = *SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'opti
 MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens'     # and what is so by default
 CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
            'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
-           'dtype': ('auto', 'float32', 'bfloat16')}
+           'dtype': ('auto', 'float32', 'bfloat16'), 'reduce_dtype': ('', 'bfloat16')}
 IDLE = (    # a key, and what it does nothing without: one of some keys, or a value of one
     ('rope_theta', 'flavour', 'llama'), ('quantize_head', 'weights activations gradients', ''),
     ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
@@ -160,6 +165,25 @@ def open_run(config):
         return loaded.pop(path, None) or load(path, type(config))
     if config.init_from == 'checkpoint' or config.eval_only or config.ptq:
         fail('this needs a checkpoint before it: python train.py out/baseline/ckpt.pt ..')
+
+
+@contextmanager
+def locked(out_dir):
+    """Within, no other run can begin in out_dir. Leaves no folder behind that it made in vain."""
+    os.makedirs(out_dir, exist_ok=True)
+    with open(f'{out_dir}/.lock', 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f'{out_dir} has a run in progress: wait, or choose another --out_dir')
+        except (AttributeError, OSError):       # there is no fcntl, or a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if os.listdir(out_dir) == ['.lock']:
+                os.remove(file.name)
+                os.rmdir(out_dir)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def start_worker(threads):
     compiled, which is the same to the bit, but eager takes half the time of runs that quantize
     g."""
     torch.set_num_threads(threads)
-    train.keep_memory()
+    train.tell_system()
     noise = torch.compile(quant.uniform, dynamic=True)
     try:
         noise(torch.zeros(2, 2), torch.zeros((), dtype=torch.int32))
