@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import (How, KVCache, Linear, QTensor, fake_quant, matmul, matmul_backward,
-                   inductor_options, noise_key, operands, spec)
+from quant import (MATMULS, How, KVCache, Linear, QTensor, fake_quant, inductor, matmul,
+                   matmul_backward, noise_key, operands, spec)
 
 
 def linear(config, n_in, n_out):
@@ -221,7 +221,8 @@ class GPT(nn.Module):
 
     def compile(self):
         """torch.compile a block, once for all of them, and the loss, in place."""
-        options = inductor_options(self.wte.weight.is_cuda, self.config.compute == 'codes')
+        codes = self.config.compute == 'codes'
+        options = inductor(MATMULS, self.wte.weight.is_cuda) if codes else None
         for block in self.h:
             block.compile(options=options)
         self.lm_head.chunk = torch.compile(self.lm_head.chunk, options=options)

@@ -667,21 +667,19 @@ class KVCache:
 # ------------------------------------------------------------------------------------------------
 # how a GPU compiles all this
 
-INDUCTOR = {    # options of torch.compile, and why
+STEPS = {   # options of torch.compile for the steps of the optimizer, and why
     # what a hash, a floor and a clamp make stays in registers: the limits are 30, 4 and 8
     'realize_opcount_threshold': 1000, 'realize_reads_threshold': 64,
-    'realize_acc_reads_threshold': 64,
-    # scales go into the matmul that makes their sums, not into the kernel after it, which would
-    # read int32
-    'epilogue_fusion_first': True}
-CODES = {       # and where codes are multiplied
-    'max_autotune_gemm': True,              # scales can only go into Triton's matmuls
+    'realize_acc_reads_threshold': 64}
+MATMULS = {     # for matmuls of codes
+    'max_autotune_gemm': True,              # scales can only go into Triton's matmuls,
+    'epilogue_fusion_first': True,          # and not into the kernel after, which reads int32
     'autotune_num_choices_displayed': 0}    # of which there is no need to tell
 
 
-def inductor_options(on_gpu, codes=False):
-    """Those of the options above that this version of torch knows, for torch.compile."""
-    if codes and on_gpu:
+def inductor(options, on_gpu=True):
+    """Those of the options that this version of torch knows, for a GPU; else none."""
+    if options is MATMULS and on_gpu:
         with suppress(ImportError, AttributeError):     # private, but nothing else does it
             from torch._inductor import lowering, select_algorithm
             # else a transpose before an int8 matmul is dropped: off K it is many times slower
@@ -690,8 +688,8 @@ def inductor_options(on_gpu, codes=False):
             # cuBLAS is best at floats: not to try Triton's saves a minute or two
             select_algorithm.get_algorithm_selector_cache().add_preprocessing_fn(
                 lambda choices: [c for c in choices if c.name in ('mm', 'addmm')] or choices)
-    options = {**INDUCTOR, **(CODES if codes else {})} if on_gpu else {}
-    return {key: options[key] for key in options.keys() & set(torch._inductor.list_options())}
+    known = options.keys() & set(torch._inductor.list_options())
+    return {key: options[key] for key in known if on_gpu}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -827,7 +825,7 @@ class Optimizer:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             on_gpu = next(model.parameters()).is_cuda
             self.adamw, self.direct, self.muon = (
-                torch.compile(f, dynamic=False, options=inductor_options(on_gpu))
+                torch.compile(f, dynamic=False, options=inductor(STEPS, on_gpu))
                 for f in (adamw_step, direct_step, muon_step))
         for name, (kind, p, w) in self.weights.items():
             # embeddings, whose step is by element, are dealt out by rows; all else has one owner,

@@ -401,7 +401,7 @@ def int8_matmul():
     scale = torch.compile(lambda y: (y * sx * sw.T).bfloat16())
     a, b = (QTensor(q, s, spec=spec('int8/row')) for q, s in ((x, sx), (w, sw)))
     fused = torch.compile(lambda: quant.matmul(a, b, True, torch.bfloat16),
-                          options=quant.inductor_options(CUDA, True))       # as GPT.compile does
+                          options=quant.inductor(quant.MATMULS, CUDA))       # as GPT.compile does
     return ({'epilogue': lambda: fused, 'bf16': lambda: lambda: xb @ wb.T,
              'then scale': lambda: lambda: scale(torch._int_mm(x, w.T))},
             {'epilogue': 2 * n * d * m / rates()['int8']})

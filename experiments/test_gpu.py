@@ -9,8 +9,8 @@ import torch
 import train
 from experiments.runs import ROOT
 from model import GPT
-from quant import (FORMATS, GRIDS, MAPS, How, Linear, Optimizer, QTensor, dequantize,
-                   inductor_options, int_matmul, matmul, quantize, rtn_, uniform)
+from quant import (FORMATS, GRIDS, MAPS, MATMULS, How, Linear, Optimizer, QTensor, dequantize,
+                   inductor, int_matmul, matmul, quantize, rtn_, uniform)
 from test_quant import STRATEGIES, every
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -81,7 +81,7 @@ def test_integers_are_multiplied_exactly_on_a_gpu(shape):
     for grid in ('int8', 'int4', 'ternary'):
         K4 = K // 4 * 4                         # bytes are filled
         p, q = (quantize(x[:, :K4], f'{grid}/row') for x in (a, b))
-        for f in (matmul, *[torch.compile(matmul, options=inductor_options(True, True))]
+        for f in (matmul, *[torch.compile(matmul, options=inductor(MATMULS))]
                   * (grid == 'int8' and M > 17)):
             y = f(gpu(p), gpu(q), True, torch.float32).cpu()
             oracle = dequantize(p).double() @ dequantize(q).double().T
