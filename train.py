@@ -34,10 +34,9 @@ from data.tokenizer import encoding
 from model import GPT
 from quant import Optimizer, bytes_held, gptq_, health, level_shares, noise_key, rtn_, spec
 
-try:
+resource = None     # on Windows: no peak of memory in the log
+with suppress(ImportError):
     import resource
-except ImportError:     # on Windows: no peak of memory in the log
-    resource = None
 
 
 @dataclass
@@ -169,9 +168,8 @@ def pick_device(config):
     found = torch.accelerator.current_accelerator(check_available=True)
     name = str(found or 'cpu') if config.device == 'auto' else config.device
     try:
-        # torchrun numbers the processes of a machine
-        number = os.environ.get('LOCAL_RANK', 0)
-        device = torch.device(f'cuda:{number}' if name == 'cuda' else name)
+        rank = os.environ.get('LOCAL_RANK', 0)      # torchrun numbers those of a machine
+        device = torch.device(f'cuda:{rank}' if name == 'cuda' else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         fail(f"device '{name}' is not there ({str(e)[:150]}); use --device=auto", own=True)
@@ -191,9 +189,11 @@ def pick_dtype(config, device):
 
 def pick_compile(config, device):
     """auto: on a GPU, and on a CPU for runs that are longer than compiling; if it works."""
-    long = device.type == 'cuda' or device.type == 'cpu' and config.max_iters >= 250
-    pays = long and not (config.eval_only or config.ptq)
-    if config.compile == 'no' or config.compile == 'auto' and not pays:
+    pays = device.type == 'cuda' or device.type == 'cpu' and config.max_iters >= 250
+    # seen on an H200 with torch 2.11: compiled, gradients in codes of fp8 make dx = dw = 0
+    wrong = device.type == 'cuda' and config.compute == 'codes' and 'fp8' in config.gradients
+    short = config.eval_only or config.ptq or not pays
+    if config.compile == 'no' or wrong or config.compile == 'auto' and short:
         return False
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))

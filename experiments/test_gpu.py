@@ -110,9 +110,14 @@ HOWS = {'w8a8': How('int8/row', 'int8/row', compute='codes'),
         'nvfp4': How('nvfp4', 'nvfp4', 'nvfp4', backward='requantize')}
 
 
-@each('name', HOWS)
-def test_the_three_matmuls_of_a_gpu_are_those_of_a_cpu(name):
-    """y, dx and dw in bfloat16, eager and compiled, against float32 on the CPU."""
+# seen on an H200 with torch 2.11; so train.py compiles no gradients in codes of fp8
+zero = pytest.mark.xfail(reason='dx and dw of fp8 codes are 0 where they are compiled', strict=True)
+
+
+@each('name, compiled', [(name, False) for name in HOWS] + [
+    pytest.param(name, True, marks=zero if 'fp8' in name else ()) for name in HOWS])
+def test_the_three_matmuls_of_a_gpu_are_those_of_a_cpu(name, compiled):
+    """y, dx and dw in bfloat16 against float32 on the CPU."""
     torch.manual_seed(0)
     how, x, g = HOWS[name], normal(512, 256), normal(512, 384, seed=1)
     layer = Linear(256, 384, how=replace(how, compute='float'))
@@ -126,10 +131,10 @@ def test_the_three_matmuls_of_a_gpu_are_those_of_a_cpu(name):
     oracle = three(layer, x, g)
     layer = copy.deepcopy(layer).cuda()
     layer.how = how
-    for run in (lambda f: f, torch.compile):
-        for ours, right in zip(three(layer, x.cuda().bfloat16(), g.cuda().bfloat16(), run), oracle):
-            error = (ours.cpu().float() - right).norm() / right.norm()
-            assert error < (0.05 if '8' in name else 0.15), error
+    run = torch.compile if compiled else lambda f: f
+    for ours, right in zip(three(layer, x.cuda().bfloat16(), g.cuda().bfloat16(), run), oracle):
+        error = (ours.cpu().float() - right).norm() / right.norm()
+        assert error < (0.05 if '8' in name else 0.15), error
 
 
 def two_steps(args, device, dtype, compiled=False):
