@@ -179,12 +179,13 @@ class QTensor(NamedTuple):
     spec: Spec | None = None
 
 
-def quantize(x, how, key=0, scale=None):
+def quantize(x, how, key=0, scale=None, packed=True):
     """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp, Qp the highest level; asymmetric, q =
     clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s - Qn) (paper 1).
     x (..., C) is taken to float32. `how` is a Spec, its string, or None, which stores x as it is;
-    `key`, int or int32 (), is that of the noise; a `scale` that is given is kept. Raises
-    ValueError where blocks, or codes that share a byte, do not divide C."""
+    `key`, int or int32 (), is that of the noise; a `scale` that is given is kept; what is used at
+    once need not be `packed`. Raises ValueError where blocks, or a byte's codes, do not divide
+    C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -200,7 +201,9 @@ def quantize(x, how, key=0, scale=None):
     if s.map == 'root4':
         # v is a divisor: what is positive must not become zero
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
-    return QTensor(pack(encode(c, s).reshape(x.shape), s), scale, zero, outer, s)
+    codes = encode(c, s).reshape(x.shape)
+    codes = pack(codes, s) if packed or GRIDS[s.grid].bits > 7 else codes.to(torch.int8)
+    return QTensor(codes, scale, zero, outer, s)
 
 
 def dequantize(q, dtype=torch.float32):
@@ -221,7 +224,7 @@ def dequantize(q, dtype=torch.float32):
 
 def fake_quant(x, how, key=0):
     """dequantize(quantize(x)): the values a quantized x stands for, in x's dtype."""
-    return dequantize(quantize(x, how, key), x.dtype)
+    return dequantize(quantize(x, how, key, packed=False), x.dtype)
 
 
 # the steps of quantize, in its order
@@ -360,7 +363,7 @@ def pack(c, s):
 def unpack(codes, s):
     """The codes that `pack` put into bytes, from 0 up, int32 (..., C); others as they are."""
     bits, c, shift = GRIDS[s.grid].bits, 0, 0
-    if bits > 7:
+    if bits > 7 or codes.dtype == torch.int8:
         return codes
     widths = [w for w in (4, 2, 1) if bits & w]
     sizes = [codes.shape[-1] * w // bits for w in widths]           # bytes of a field
@@ -495,7 +498,7 @@ def requantize(g, q, how, key):
     any format. x^ and w^ are rounded to nearest, and to e4m3 where g is e5m2."""
     s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
-    rounded = quantize(g, s, key), quantize(dequantize(q).T, other)
+    rounded = quantize(g, s, key, packed=False), quantize(dequantize(q).T, other)
     return matmul(*rounded, how.compute == 'codes', g.dtype)
 
 

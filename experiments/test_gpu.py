@@ -111,7 +111,7 @@ HOWS = {'w8a8': How('int8/row', 'int8/row', compute='codes'),
 
 
 # seen on an H200 with torch 2.11; so train.py compiles no gradients in codes of fp8
-zero = pytest.mark.xfail(reason='dx and dw of fp8 codes are 0 where they are compiled', strict=True)
+zero = pytest.mark.xfail(reason='compiled, dx and dw of fp8 codes are 0', strict=True)
 
 
 @each('name, compiled', [(name, False) for name in HOWS] + [
