@@ -32,15 +32,9 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
-class Grid(NamedTuple):
-    """Codes: whole numbers from low to high; of a float grid, the rounded numbers themselves."""
-    bits: int                           # of a code as it is stored; below 8 they are packed
-    low: float                          # Qn
-    high: float                         # Qp
-    dtype: torch.dtype = torch.uint8    # of codes, or of the bytes that they are packed in
-    float: tuple = ()                   # of a float grid: mantissa bits, smallest exponent
-
-
+# codes are whole numbers from low = Qn to high = Qp, stored in so many bits, below 8 packed in
+# bytes; those of a float grid, (mantissa bits, smallest exponent), are the rounded numbers
+Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
     **{f'int{n}': Grid(n, -2 ** (n - 1), 2 ** (n - 1) - 1) for n in range(2, 8)},
@@ -71,6 +65,7 @@ WORDS = {  # field of Spec: its words; a block size, any number, is the other ki
     'map': list(MAPS), 'sign': ['symmetric', 'asymmetric'], 'rotation': ['hadamard'],
 }
 TINY = 2.0 ** -126      # the least scale: no quotient is 0 / 0
+INT_MM_CPU = 'AVX' in torch.backends.cpu.get_cpu_capability()   # else int8 matmuls are plain loops
 
 
 @dataclass(frozen=True)
@@ -80,15 +75,14 @@ class Spec:
     group: str | int = 'tensor'     # what shares a scale: the tensor; a row, along the last axis;
                                 # a column, along the others; n neighbours on the last axis
     scale: str = 'absmax'       # s = max|x| / Qp, which clips nothing (int2 then has 3 levels);
-                                # absmean: mean|x| / sqrt(Qp), of ternary BitNet b1.58 (arXiv
-                                # 2402.17764), of int4 a4.8 (2411.04965); mse: of .3, .4 .. 1
-                                # times absmax the one with the least |x - x^|^2
+                                # absmean: mean|x| / sqrt(Qp) (BitNet b1.58, arXiv 2402.17764;
+                                # a4.8, 2411.04965); mse: the one of `least_error`
     rounding: str = 'nearest'   # or stochastic: up with the probability that keeps the mean
     map: str = 'linear'         # a key of MAPS: what a code stands for
     sign: str = 'symmetric'     # asymmetric: x^ = (q + z) s, so that codes span [min, max]
     rotation: str = ''          # hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
-    format: str = ''            # nvfp4: e4m3 scales under one of float32; mxfp4, mxfp8: scales are
-                                # powers of two, rounded down (clips up to a quarter), and up
+    format: str = ''            # nvfp4: e4m3 scales under one of float32; mxfp4 and mxfp8: powers
+                                # of two, rounded down (clips up to a quarter), and up
 
     @property
     def top(self):      # level of the highest code
@@ -100,28 +94,25 @@ class Spec:
 
 
 def spec(text):
-    """Parse 'int8/row/...' into a Spec; '' is None, full precision. Raises ValueError for a word
-    that is unknown, comes twice, or contradicts another."""
+    """'int8/row/...' as a Spec, '' as None. Raises ValueError for a word that does not fit in."""
     if not text or isinstance(text, Spec):
         return text or None
-    known = {word: {field: word} for field, words in WORDS.items() for word in words}
+    known, said = {word: {field: word} for field, words in WORDS.items() for word in words}, {}
     for word, (grid, block) in FORMATS.items():
         known[word] = {'grid': grid, 'group': block, 'format': word}
-    said = {}
     for word in text.split('/'):
         size = word.isdecimal() and int(word)
         found = {'group': size} if size else known.get(word)
         if not found:
             near = difflib.get_close_matches(word, known, 1)
-            hint = f", did you mean '{near[0]}'?" if near else '.'
-            raise ValueError(f"spec '{text}': unknown word '{word}'{hint} Good words: "
-                             f"{', '.join(known)}, or a block size")
+            hint = f"did you mean '{near[0]}'?" if near else f"use {', '.join(known)} or a size"
+            raise ValueError(f"spec '{text}': unknown word '{word}', {hint}")
         for field in found.keys() & said.keys():
             raise ValueError(f"spec '{text}': '{word}' says the {field} a second time")
         said |= found
     if 'grid' not in said:
         raise ValueError(f"spec '{text}' names no grid; add one of {', '.join(GRIDS)}")
-    s, grid, words = Spec(**said), GRIDS[said['grid']], {str(word) for word in said.values()}
+    s, grid, words = Spec(**said), GRIDS[said['grid']], {*map(str, said.values())}
     bent = MAPS.keys() - {'linear'}
     for is_so, wrong in (
             (s.grid == 'bf16', words - {'bf16', 'stochastic'}),
@@ -157,9 +148,8 @@ def stream(key, n):
 
 
 def uniform(x, key):
-    """u_i = hash(i, key) in [0, 1], 31 bits, float32, for each element of x, on any device alike.
-    Raises ValueError beyond 2^31 elements, where i would repeat."""
-    if x.numel() >= 2 ** 31:
+    """u_i = hash(i, key) in [0, 1], 31 bits, float32, for each element of x, on any device."""
+    if x.numel() >= 2 ** 31:            # i would repeat
         raise ValueError(f'{x.numel()} elements at once are too many for stochastic rounding; '
                          'lower batch_size and raise grad_accum')
     i = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
@@ -182,10 +172,9 @@ class QTensor(NamedTuple):
 def quantize(x, how, key=0, scale=None, packed=True):
     """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp, Qp the highest level; asymmetric, q =
     clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s - Qn) (paper 1).
-    x (..., C) is taken to float32. `how` is a Spec, its string, or None, which stores x as it is;
-    `key`, int or int32 (), is that of the noise; a `scale` that is given is kept; what is used at
-    once need not be `packed`. Raises ValueError where blocks, or a byte's codes, do not divide
-    C."""
+    x (..., C) is taken to float32; without `how`, a Spec or its string, it is stored as it is. A
+    `scale` that is given is kept; what is used at once need not be `packed`. Raises ValueError
+    where blocks or full bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -198,8 +187,7 @@ def quantize(x, how, key=0, scale=None, packed=True):
     scale, zero, outer = find_scale(groups, s) if scale is None else (scale, None, None)
     y = groups / (scale.float() if outer is None else scale.float() * outer)
     c = round_to(y if zero is None else y - zero, s, key)
-    if s.map == 'root4':
-        # v is a divisor: what is positive must not become zero
+    if s.map == 'root4':    # v is a divisor: what is positive must not become zero
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
     codes = encode(c, s).reshape(x.shape)
     codes = pack(codes, s) if packed or GRIDS[s.grid].bits > 7 else codes.to(torch.int8)
@@ -230,10 +218,10 @@ def fake_quant(x, how, key=0):
 # the steps of quantize, in its order
 
 def rotate(x):
-    """x H along the last axis, float32: H the orthogonal Hadamard matrix, in blocks of the highest
-    power of two that divides the axis, at most 128, over which it spreads an outlier. H H = 1, and
-    (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training, QuEST, 2502.05003). H_ij is
-    -1 to the bits that i and j share, / sqrt(n). What the matmul gives has x's dtype."""
+    """x H along the last axis, float32: H the orthogonal Hadamard matrix, which spreads outliers,
+    in blocks of the highest power of two n <= 128 that divides the axis. H_ij is -1 to the bits
+    that i and j share, / sqrt(n); (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training,
+    QuEST, 2502.05003). What the matmul gives has x's dtype."""
     n = math.gcd(x.shape[-1], 128)
     i = torch.arange(n, device=x.device)
     signs = 1 - 2 * (sum((i[:, None] & i) >> bit for bit in range(7)) & 1)          # (n, n)
@@ -256,8 +244,7 @@ def find_scale(x, s):
     """(scale, zero, outer) of the groups of x. The scale of a group of zeros is TINY."""
     grid, axis = GRIDS[s.grid], s.axis
     if s.sign == 'asymmetric':
-        # the range takes in 0, so that 0 is a code
-        least = x.amin(axis, keepdim=True).clamp(max=0)
+        least = x.amin(axis, keepdim=True).clamp(max=0)             # so that 0 is a code
         size = x.amax(axis, keepdim=True).clamp(min=0) - least
         scale = (size / (grid.high - grid.low)).clamp(min=TINY)
         return scale, (least / scale - grid.low).round(), None
@@ -344,8 +331,7 @@ def levels(q):
 
 def pack(c, s):
     """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8), in fields of 4, 2 and 1
-    bits: 4 are two to a byte, 6 a field of 4 and one of 2. A field is n bytes, and byte j holds
-    codes j, j + n ..: memory is read in order. Raises ValueError if bytes are not filled."""
+    bits: 6 is a field of 4 and one of 2. Byte j of the n of a field holds codes j, j + n .."""
     if GRIDS[s.grid].bits > 7:
         return c
     fields = []
@@ -374,7 +360,7 @@ def unpack(codes, s):
 
 
 def in_memory(x):
-    """x itself, for which a compiler writes it down, instead of finding it anew for every use."""
+    """x itself, which a compiler now writes down, instead of finding it anew for every use."""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -394,8 +380,7 @@ def shifts(width, like):
 
 @dataclass(frozen=True)
 class How:
-    """What a Linear quantizes, and how it multiplies; Specs may come as strings. Raises ValueError
-    for a word that is unknown or would do nothing. What "quantized gradients" are: (ste, both) in
+    """What a Linear quantizes, and how it multiplies. "Quantized gradients" are (ste, both) in
     paper 1's text, (full, dw) in its code, (full, dx), but for w^, in SwitchBack."""
     weights: Spec | None = None
     activations: Spec | None = None
@@ -413,27 +398,24 @@ class How:
                 raise ValueError(f"{name} = '{getattr(self, name)}': use {', '.join(good)}")
         rounds_g = self.gradients_in != 'both' or self.backward in ('fold', 'requantize')
         if rounds_g and not self.gradients:
-            raise ValueError(f"gradients_in = '{self.gradients_in}', backward = '{self.backward}' "
-                             'are about quantized gradients: give gradients too')
+            raise ValueError('gradients_in, fold and requantize are about quantized gradients: '
+                             'give gradients too')
 
 
 def together(a, b):
     """Can codes of two Specs be multiplied in place of what they stand for? x^ = s q, one s a row,
     of integers both, or of fp8 (not e5m2 both), and both rotated or neither."""
-    def fits(s):
+    def kind(s):
         grid, plain = GRIDS[s.grid], (s.map, s.sign) == ('linear', 'symmetric')
-        kind = grid.bits == 8 if grid.float else grid.low < 0
-        return kind and plain and s.group in ('row', 'tensor')
+        fits = plain and (grid.bits == 8 if grid.float else grid.low < 0)
+        return fits and s.group in ('row', 'tensor') and (bool(grid.float), s.rotation)
 
-    return bool(a and b and fits(a) and fits(b) and a.rotation == b.rotation
-                and {a.grid, b.grid} != {'fp8e5'}
-                and bool(GRIDS[a.grid].float) == bool(GRIDS[b.grid].float))
+    return bool(a and b and kind(a)) and kind(a) == kind(b) and {a.grid, b.grid} != {'fp8e5'}
 
 
 def matmul(a, b, codes, dtype, bias=None):
     """y = (s_a a) (s_b b)^T (+ bias), (M, N), of QTensors a (M, K) and b (N, K), in dtype; with
-    `codes`, where one can, y = s_a s_b (a b^T), which reads a byte an element: integers exactly,
-    as int32, fp8 by the fp8 units, which round y to bfloat16."""
+    `codes`, where one can, s_a s_b (a b^T): integers exactly, fp8 with y rounded to bfloat16."""
     if all(q.spec and q.spec.rotation for q in (a, b)):
         # nothing is to undo: (a H)(b H)^T = a b^T
         a, b = (q._replace(spec=replace(q.spec, rotation='')) for q in (a, b))
@@ -458,15 +440,11 @@ def codes_of(q):
     return q.codes if grid.bits > 7 else unpack(q.codes, q.spec).to(torch.int8) + int(grid.low)
 
 
-INT_MM_CPU = 'AVX' in torch.backends.cpu.get_cpu_capability()   # elsewhere it is a plain loop
-
-
 def int_matmul(a, b):
-    """a b^T of int8 codes, (M, K) and (N, K), as float32: int32 sums of up to 2^16 products, or
-    sums in float32 where there are no integer matmuls (exact below 2^24: K up to 1024)."""
+    """a b^T of int8 codes, (M, K) and (N, K), as float32, whose sums are exact to K = 1024."""
     if not (a.is_cuda or a.device.type == 'cpu' and INT_MM_CPU):
         return a.float() @ b.float().T
-    parts = zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1))
+    parts = zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1))           # int32 holds 2^16 products
     return sum(torch._int_mm(p, q.T).float() for p, q in parts)
 
 
@@ -479,13 +457,11 @@ def straight_through(g, q, how=None, key=None):
 
 
 def fold(g, q, how, key):
-    """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): on the codes of the forward, whose scales
-    change along the sum, so g takes them in. Costs accuracy in dw where some tokens of x are far
-    larger than others. Raises ValueError where there are no such codes."""
+    """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): the scales change along the sum, so g
+    takes them in, which costs accuracy in dw where some tokens of x are far larger than others."""
     if not together(q.spec, how.gradients) or how.gradients.group != 'row' or q.spec.rotation:
-        raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), "
-                         'activations and gradients symmetric integers, or fp8, not rotated, '
-                         'with one scale per row (or tensor, but not gradients)')
+        raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), gradients "
+                         'and activations symmetric integers or fp8, not rotated, a scale per row')
     # the codes alone, as a tensor whose one scale is 1
     grid = q.spec.grid if GRIDS[q.spec.grid].float else 'int8'
     codes = QTensor(codes_of(q).T, q.scale.new_ones(1, 1), spec=Spec(grid, 'row'))
@@ -494,8 +470,7 @@ def fold(g, q, how, key):
 
 
 def requantize(g, q, how, key):
-    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum, in
-    any format. x^ and w^ are rounded to nearest, and to e4m3 where g is e5m2."""
+    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum."""
     s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
     rounded = quantize(g, s, key, packed=False), quantize(dequantize(q).T, other)
@@ -507,16 +482,14 @@ BACKWARD = {'ste': straight_through, 'full': straight_through, 'fold': fold,
 
 
 def operands(x, w, how, key):
-    """x^ (N, in) and w^ (out, in) as the forward multiplies them; QTensors in, QTensors out.
-    Raises ValueError where codes are to be multiplied and there are none."""
+    """x^ (N, in) and w^ (out, in) as the forward multiplies them; QTensors in, QTensors out."""
     if how.weights:
         w = quantize(dequantize(w), how.weights, stream(key, 0))
     if how.activations:
         x = quantize(x.codes, how.activations, stream(key, 1))
     if how.compute == 'codes' and not together(x.spec, w.spec):
         raise ValueError("compute = 'codes' needs them: give weights (or stored) and activations "
-                         'symmetric integers, or fp8, with one scale per row or tensor, both '
-                         'rotated or neither')
+                         'symmetric integers or fp8, a scale per row or tensor, and one rotation')
     return x, w
 
 
@@ -534,9 +507,8 @@ def matmul_backward(g, x, w, how, key):
 
 
 class Matmul(torch.autograd.Function):
-    """y = x^ (w^)^T + b,  dx = g^ w^,  dw = (g^)^T x^,  db = sum g,  of x (N, in), w (out, in) and
-    g (N, out). `weight` is w, or, if there are codes, only the leaf that receives dw. What waits
-    for the backward is x^ and w^ as codes and scales."""
+    """y = x^ (w^)^T + b,  dx = g^ w^,  dw = (g^)^T x^,  db = sum g. `weight` is w, or, where there
+    are codes, the leaf that receives dw. x^ and w^ wait for the backward as codes and scales."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, key, how, stored, codes, scale):
@@ -570,8 +542,7 @@ def storable(how):
 
 
 class Linear(nn.Module):
-    """y = x^ (w^)^T + b over the last axis of x (..., in); `how` says what is quantized, `store_`
-    replaces the float32 weight by codes, and `key`, int32 (), is that of its noise."""
+    """y = x^ (w^)^T + b over the last axis of x (..., in); `key`, int32 (), is of its noise."""
 
     def __init__(self, n_in, n_out, bias=False, how=How()):
         super().__init__()
@@ -590,28 +561,25 @@ class Linear(nn.Module):
 
     def stored_weight(self):
         """The weight as it is stored, a QTensor: codes and scale, or the parameter itself."""
-        if self.stored:
-            return QTensor(self.codes, self.scale, spec=self.stored)
-        return QTensor(self.weight.data)
+        codes = QTensor(self.codes, self.scale, spec=self.stored)
+        return codes if self.stored else QTensor(self.weight.data)
 
     @torch.no_grad()
     def store_(self, how, q=None):
-        """Keep only codes: q = clip(round(w / s), Qn, Qp), or the QTensor that is given. From then
-        on s is fixed or learned, but not found again: absmean of a ternary w would shrink."""
+        """Keep only codes, q = clip(round(w / s), Qn, Qp) or those given; s is not found again."""
         s = storable(how)
         if s is None:
             return
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # a group of zeros does not tell its size, but its codes will move, and then count:
-            # it gets the mean scale of the others, or that of weights which keep variances
+            # a group of zeros, whose codes will move, gets the mean scale of the others, or that
+            # of weights which keep variances
             alive = ~(q.scale <= TINY)                              # nan stays nan
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
             self.scale = torch.where(alive, q.scale, usual)
-        # autograd wants a float leaf of the weight's shape to hang .grad on: a ghost, one zero
-        # expanded to that shape, in four bytes of memory
+        # autograd hangs .grad on a float leaf of that shape: a ghost, one zero in four bytes
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand(self.weight.shape))
 
     def _apply(self, fn, recurse=True):
@@ -641,18 +609,15 @@ def linears(model):
 
 
 class KVCache:
-    """The keys and values of one layer during generation, stored quantized: each token once, when
-    it arrives, by scales of its own, of a row (one for each head and token) or of blocks within
-    the head. Raises ValueError for others."""
+    """Keys and values of a layer in generation, quantized token by token, by scales of its own."""
 
     def __init__(self, how):
         s = self.how = spec(how)
         self.kv = None                                              # (2, B, nh, T, hs)
-        if s and (s.group in ('tensor', 'column') and s.grid != 'bf16' or s.format == 'nvfp4'):
-            raise ValueError('kv_cache: scales that tokens share cannot grow token by token; use '
-                             'row or a block size')
-        if s and s.rounding == 'stochastic':
-            raise ValueError('kv_cache: a token is rounded once and read ever after; use nearest')
+        if s and (s.group in ('tensor', 'column') and s.grid != 'bf16' or s.format == 'nvfp4'
+                  or s.rounding == 'stochastic'):
+            raise ValueError('kv_cache: keys and values grow token by token, each rounded once: '
+                             'use a row or a block size, and nearest')
 
     def __len__(self):
         return self.kv.codes.shape[3] if self.kv else 0
@@ -670,14 +635,12 @@ class KVCache:
 # ------------------------------------------------------------------------------------------------
 # how a GPU compiles all this
 
-STEPS = {   # options of torch.compile for the steps of the optimizer, and why
-    # what a hash, a floor and a clamp make stays in registers: the limits are 30, 4 and 8
-    'realize_opcount_threshold': 1000, 'realize_reads_threshold': 64,
-    'realize_acc_reads_threshold': 64}
-MATMULS = {     # for matmuls of codes
-    'max_autotune_gemm': True,              # scales can only go into Triton's matmuls,
-    'epilogue_fusion_first': True,          # and not into the kernel after, which reads int32
-    'autotune_num_choices_displayed': 0}    # of which there is no need to tell
+# options for the steps of the optimizer: what a hash and a floor make stays in registers
+STEPS = {'realize_opcount_threshold': 1000, 'realize_reads_threshold': 64,
+         'realize_acc_reads_threshold': 64}
+# for matmuls of codes: scales go into Triton's own, and not into a kernel after, that reads int32
+MATMULS = {'max_autotune_gemm': True, 'epilogue_fusion_first': True,
+           'autotune_num_choices_displayed': 0}
 
 
 def inductor(options, on_gpu=True):
@@ -691,8 +654,8 @@ def inductor(options, on_gpu=True):
             # cuBLAS is best at floats: not to try Triton's saves a minute or two
             select_algorithm.get_algorithm_selector_cache().add_preprocessing_fn(
                 lambda choices: [c for c in choices if c.name in ('mm', 'addmm')] or choices)
-    known = options.keys() & set(torch._inductor.list_options())
-    return {key: options[key] for key in known if on_gpu}
+    known = torch._inductor.list_options() if on_gpu else ()
+    return {key: options[key] for key in options if key in known}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -705,10 +668,8 @@ def inductor(options, on_gpu=True):
 #     direct_step    q <- clip(SR(q - lr Qp r~), Qn, Qp)      the same on codes, w = s q
 #     muon_step      w <- (1 - decay) w - lr U V^T            U S V^T = m: for matrices of floats
 #
-# In float32 Q is the identity, and the first line is AdamW. Where Q rounds to a few bits by
-# chance, no float copy of w is left: direct training (paper 2). The second line is that in units
-# of the codes, so that a rate says how many codes move, whatever their scale. The steps read m and
-# v as they are stored, compute in float32, and write in place; torch.compile fuses each of them.
+# Where Q rounds to a few bits by chance, no float copy of w is left: direct training (paper 2).
+# The second line is that in units of the codes: a rate says how many move, whatever their scale.
 
 # the numbers of a step, 0-d tensors, so that compiled code serves them all. decay includes lr;
 # bias = 1 - prod beta, so that mhat = m / bias1; g is multiplied by clip
@@ -716,8 +677,7 @@ Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps tau clip')
 
 
 def moments(g, m, v, h, key):
-    """m after the gradient g, float32; v as it will be stored; and r~. r uses v before rounding,
-    or, of rank1, v as rebuilt from its row and column."""
+    """m after the gradient g, float32; v as it will be stored; r~ of v before that (not rank1)."""
     m = h.beta1 * dequantize(m) + (1 - h.beta1) * g
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
@@ -734,9 +694,8 @@ def moments(g, m, v, h, key):
 
 
 def adamw_step(w, g, m, v, h, key):
-    """w <- Q((1 - decay) w - lr r~); w, m and v are overwritten as they are stored. Returns how
-    many codes moved, or None. Loshchilov & Hutter, arXiv 1711.05101; with quantized m and v, paper
-    1; with a low-bit w, paper 2 as it was published."""
+    """w <- Q((1 - decay) w - lr r~); returns how many codes moved, or None. Loshchilov & Hutter,
+    arXiv 1711.05101; with quantized m and v, paper 1; with a low-bit w, paper 2 as published."""
     h = Rates(*h.unbind())
     m_new, v_new, r = moments(h.clip * g.float(), m, v, h, stream(key, 2))
     old = dequantize(w)
@@ -750,19 +709,15 @@ def adamw_step(w, g, m, v, h, key):
 
 
 def direct_step(w, g, m, v, log_s, h, h_s, key):
-    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row.
-
-    SR rounds up or down by chance so that the mean is kept, if the Spec says stochastic. A ternary
-    code then moves a level against r with probability lr |r~|: the rate is the share of the codes
-    that a step may move. Three things are ours, not paper 2's:
-
+    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row. SR is by
+    chance, if the Spec says so: a ternary code moves a level against r with probability lr |r~|.
+    Three things are ours, not paper 2's:
     - r within tau of 0 is what pure noise would give (`Optimizer.begin`), and moves nothing;
     - a gradient that moved a code is spent: where there is a tau, its m starts from 0 again;
     - s learns: log s by Adam, whose moments are log_s, so that a step is a share of it."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
     m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
-
     new = round_to(q - h.lr * s.top * r, s, key)
     moved = new != q
     m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
@@ -773,7 +728,6 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     m_s.lerp_(slope, 1 - h_s.beta1)
     v_s.lerp_(slope ** 2, 1 - h_s.beta2)
     r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
-
     w.scale.mul_((-h_s.lr * r_s).exp())
     w.codes.copy_(pack(in_memory(encode(new, s)), s))
     put(m, quantize(m_new, m.spec, stream(key, 1)))
@@ -783,8 +737,8 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
 
 def muon_step(w, g, m, h, key):
     """w <- (1 - decay) w - lr .2 sqrt(max(out, in)) U V^T, where U S V^T = beta1 m + (1 - beta1) g
-    with the new m: all singular values become about 1, by five Newton-Schulz steps (Jordan et al.,
-    Muon, 2024). The factor gives updates the size of AdamW's (Liu et al., arXiv 2502.16982)."""
+    with the new m, by five Newton-Schulz steps (Jordan et al., Muon, 2024); .2 sqrt gives updates
+    the size of AdamW's (Liu et al., arXiv 2502.16982)."""
     h = Rates(*h.unbind())
     g = h.clip * g.float()
     m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g
@@ -808,28 +762,25 @@ def put(old, new):
 
 
 class Optimizer:
-    """Steps every parameter of a model as the config (of train.py) says: direct_step the codes of
-    a Linear if code_lr > 0, muon_step its float weight if optimizer = 'muon', adamw_step all else.
-    Only weights of Linears take the Specs, threshold and ramp. The weight is asked for by its name
-    at every step, so the model stays free to load, cast or replace it. With `shard`, a process has
-    the states of its share alone, and steps that: ZeRO-1, arXiv 1910.02054. The bits are equal."""
+    """Steps every parameter: by direct_step the codes of a Linear if code_lr > 0, by muon_step its
+    float weight if optimizer = 'muon', by adamw_step all else. Weights of Linears alone take the
+    Specs, threshold and ramp; the model is asked for them at every step. With `shard`, a process
+    has the states of its share alone, and steps that: ZeRO-1, arXiv 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t = model, config, 0
         self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # beta1s: prod beta1
-        self.adamw, self.direct, self.muon = adamw_step, direct_step, muon_step
-        alone = not (config.shard and dist.is_initialized())
-        self.rank, self.world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        shared = config.shard and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self.weights, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
         specs = spec(config.adam_m), spec(config.adam_v)
+        steps = adamw_step, direct_step, muon_step
         if compiled:
-            # a graph for each shape: with shapes left open, 4-bit states are far slower. More than
-            # eight shapes are no sign of a mistake
+            # a graph for each shape, be they many: left open, 4-bit states are far slower
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            on_gpu = next(model.parameters()).is_cuda
-            self.adamw, self.direct, self.muon = (
-                torch.compile(f, dynamic=False, options=inductor(STEPS, on_gpu))
-                for f in (adamw_step, direct_step, muon_step))
+            options = inductor(STEPS, next(model.parameters()).is_cuda)
+            steps = [torch.compile(f, dynamic=False, options=options) for f in steps]
+        self.adamw, self.direct, self.muon = steps
         for name, (kind, p, w) in self.weights.items():
             # embeddings, whose step is by element, are dealt out by rows; all else has one owner,
             # the rank that holds least so far, and on others a state that is shapes alone
@@ -862,18 +813,14 @@ class Optimizer:
         return weights
 
     def step(self, schedule=1.0, clip=1.0):
-        """One step from the .grad of all parameters, which count `clip` times; `schedule`, in
-        [0, 1], is the share of all rates. Or: begin, then apply(name) for every parameter, whose
-        gradient can be freed at once, then share."""
+        """One step from the .grad of all parameters, times `clip`, at `schedule` of all rates."""
         self.begin(schedule, clip)
-        for name, (_, p, _) in self.weights.items():
-            if p.grad is not None:
-                self.apply(name)
+        for name in self.weights:
+            self.apply(name)
         self.share()
 
     def begin(self, schedule=1.0, clip=1.0):
-        """The numbers of the next step, Rates of each kind and a key for each parameter; they go
-        to the device as one tensor."""
+        """Rates of each kind and a key of each parameter; they go to the device as one tensor."""
         self.weights, self.moved = self.look(), {}
         c, self.t = self.config, self.t + 1
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / c.ramp)) if c.ramp else c.beta1
@@ -886,8 +833,7 @@ class Optimizer:
         usual = c.beta1, 1 - c.beta1 ** self.t, 0.0
         others = c.embedding_lr or c.learning_rate
         kinds = {'direct': (c.code_lr, 0.0, ramped), 'scale': (c.scale_lr, 0.0, usual),
-                 'muon': (c.learning_rate, c.weight_decay, ramped),
-                 'linear': (c.learning_rate, c.weight_decay, ramped),
+                 **dict.fromkeys(('muon', 'linear'), (c.learning_rate, c.weight_decay, ramped)),
                  'matrix': (others, c.weight_decay, usual), 'vector': (others, 0.0, usual)}
         rates = [Rates(schedule * lr, schedule * lr * decay, beta1, c.beta2, bias1, bias2, c.eps,
                        tau, clip) for lr, decay, (beta1, bias1, tau) in kinds.values()]
@@ -895,15 +841,14 @@ class Optimizer:
         numbers = torch.cat((torch.tensor(rates).flatten().view(torch.int32),
                              torch.tensor(keys, dtype=torch.int32)))
         numbers = numbers.to(next(self.model.parameters()).device)
-        rates = numbers[:-len(keys)].view(torch.float32).view(len(kinds), -1)
-        self.rates = dict(zip(kinds, rates))
+        self.rates = dict(zip(kinds, numbers[:-len(keys)].view(torch.float32).chunk(len(kinds))))
         self.keys = dict(zip(self.state, numbers[-len(keys):]))
 
     @torch.no_grad()
     def apply(self, name):
         """Update one parameter by its .grad, or free that where it is another process's."""
         (kind, p, w), state, key = self.weights[name], self.state[name], self.keys[name]
-        if self.rank not in self.owners[name]:
+        if p.grad is None or self.rank not in self.owners[name]:
             p.grad = None
             return
         g, w = self.mine(name, p.grad), w._replace(codes=self.mine(name, w.codes))
@@ -918,9 +863,9 @@ class Optimizer:
             self.moved[name] = step(w, g, *state, self.rates[kind], key)
 
     def mine(self, name, t):
-        """Of a parameter, its gradient or its state: what this process steps, where it owns it."""
-        dealt = self.world > 1 and self.weights.get(name, ' ')[0] == 'matrix'
-        return t.tensor_split(self.world)[self.rank] if dealt else t
+        """The part that this process steps, of a parameter, its gradient or its state."""
+        n = len(self.owners.get(name, ()))
+        return t.tensor_split(n)[self.rank] if n > 1 else t
 
     def share(self):
         """Each process gives all others its share as it is stored: a ternary weight is 2 bits."""
@@ -943,14 +888,12 @@ class Optimizer:
                 for name, state in self.state.items()}
 
     def state_dict(self):
-        """Numbers and tensors only, so that torch.load(weights_only=True) reads it. All processes
-        call it; rank 0 has the whole, in CPU memory."""
+        """Numbers and tensors only. All processes call it; rank 0 has the whole, in CPU memory."""
         state = self.tensors()
         for name, ts in state.items() if self.world > 1 else ():
             found = None if self.rank else [None] * self.world
-            # as bytes: nobody else pickles fp8
             held = [t.cpu().view(-1).view(torch.uint8) for t in ts if not t.is_meta]
-            dist.gather_object(held, found)
+            dist.gather_object(held, found)         # as bytes: nobody else pickles fp8
             if found:
                 state[name] = [torch.cat(parts).view(t.dtype).view((-1, *t.shape[1:])[:t.dim()])
                                for t, *parts in zip(ts, *filter(None, found))]
@@ -960,8 +903,7 @@ class Optimizer:
         """Copy a state in. Raises ValueError if it is of another model or stored otherwise."""
         mine = [(name, t) for name, ts in self.tensors().items() for t in ts]
         saved = [(name, self.mine(name, t)) for name, ts in state['state'].items() for t in ts]
-        kinds = [[(name, t.shape, t.dtype) for name, t in ts] for ts in (mine, saved)]
-        if kinds[0] != kinds[1]:
+        if [(n, t.shape, t.dtype) for n, t in mine] != [(n, t.shape, t.dtype) for n, t in saved]:
             raise ValueError('the optimizer state is of another model, or stored in another way: '
                              'use the same optimizer, adam_m, adam_v and stored')
         for (_, t), (_, kept) in zip(mine, saved):
@@ -973,8 +915,7 @@ class Optimizer:
 # post-training quantization
 
 def rtn_(model, how):
-    """q = clip(round(w / s), Qn, Qp), round to nearest, for every block linear, which from then on
-    holds those codes and nothing else. The nearest point of the grid, whatever the data."""
+    """q = clip(round(w / s), Qn, Qp), to nearest: all that every block linear then holds."""
     for layer in linears(model).values():
         layer.store_(how)
 
@@ -984,25 +925,22 @@ def gptq(W, H, how, damping=0.01, act_order=False):
 
         q_i = clip(round(w_i / s), Qn, Qp),  e = (w_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
-    for columns i = 1 .. in: what rounding a column does to the output, those after it make up for.
-    H = 2 mean x x^T over the inputs x of the layer, (in, in) float32, U the upper Cholesky factor,
-    U^T U = (H + damping mean(diag H) 1)^-1, and s that of rounding W to nearest; act_order goes by
-    descending H_ii (Frantar et al., GPTQ, arXiv 2210.17323). The mean is over channels with data;
-    one without is rounded to nearest. Raises ValueError where H is not positive definite."""
+    for columns i = 1 .. in, or by descending H_ii (act_order): what rounding a column does to the
+    output, those after it make up for. H = 2 mean x x^T, (in, in) float32, U the upper Cholesky
+    factor, U^T U = (H + damping mean(diag H) 1)^-1, the mean over channels with data (Frantar et
+    al., arXiv 2210.17323). Raises ValueError where H is not positive definite."""
     s, n = replace(storable(how), rounding='nearest'), W.shape[1]
     rtn = quantize(W, s)
     scale = rtn.scale.expand_as(grouped(W, s)).reshape(W.shape)        # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
     damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
-    # by descending H_ii, or as they come: of zeros a stable sort changes nothing
-    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)
+    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)    # of 0: as it is
     W, H, scale = W.float()[:, order], H[order][:, order], scale[:, order]
     # the upper factor of the inverse, from the lower one of H with its axes backwards
     L, bad = torch.linalg.cholesky_ex(H.flip(0, 1))
     if bad or not L.isfinite().all():
-        raise ValueError(f'the Hessian is not positive definite with damping = {damping}: give '
-                         'more sequences, or more damping')
+        raise ValueError('H is not positive definite: give more sequences, or more damping')
     U = torch.linalg.solve_triangular(L, torch.eye(n, device=L.device), upper=False).flip(0, 1)
     codes = torch.empty_like(W)
     # in blocks of columns: what lies after one is corrected by one matmul
@@ -1020,8 +958,7 @@ def gptq(W, H, how, damping=0.01, act_order=False):
 
 @torch.no_grad()
 def hessian(layer, run):
-    """H = 2 mean x x^T, (in, in) float32, of a Linear, over the tokens that go through it in
-    run(), x as it is multiplied: quantized, where the layer quantizes it."""
+    """H = 2 mean x x^T, (in, in) float32, over the x^ that a Linear multiplies during run()."""
     H, counts = layer.weight.new_zeros(2 * layer.weight.shape[1:]), []
 
     def look(layer, args):
@@ -1036,10 +973,8 @@ def hessian(layer, run):
 
 @torch.no_grad()
 def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
-    """GPTQ of all block linears, in the order in which they run, on the tokens of `batches`, a
-    list of (B, T): the inputs of each have gone through those before it, quantized. `progress` is
-    called on the list of blocks. Raises ValueError without data, for weights that are quantized
-    already, and as gptq does."""
+    """GPTQ of all block linears, in the order in which they run, on `batches`, a list of tokens
+    (B, T): the inputs of each have gone through those before it, quantized."""
     if not batches or storable(how).grid == 'bf16':
         raise ValueError('GPTQ needs data, give it sequences, and a grid with scales, not bf16')
     for name, layer in linears(model).items():
@@ -1060,8 +995,7 @@ def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
 # accounting and health
 
 def bytes_held(model, optimizer=None):
-    """Bytes really held, read off the storages: {'weights', 'optimizer', 'gradients', 'linear'};
-    'linear' is the same three for the weights of Linear layers alone, in bytes per weight."""
+    """Bytes, read off the storages; 'linear' is of the weights of Linears alone, per weight."""
     layers, states = linears(model), optimizer.tensors() if optimizer else {}
 
     def size(tensors):      # each storage counts once
@@ -1081,15 +1015,14 @@ def bytes_held(model, optimizer=None):
 
 def level_shares(model):
     """{level: share of the codes} of weights that are stored below 8 bits; {} without any."""
-    stored = [m.stored_weight() for m in linears(model).values() if m.stored]
-    low = [levels(w).flatten() for w in stored if GRIDS[w.spec.grid].bits < 8]
+    low = [levels(m.stored_weight()).flatten() for m in linears(model).values()
+           if m.stored and GRIDS[m.stored.grid].bits < 8]
     found, n = torch.cat(low or [torch.empty(0)]).unique(return_counts=True)
     return {f'{level:g}': k / int(n.sum()) for level, k in zip(found.tolist(), n.tolist())}
 
 
 def damage(x, how):
-    """What quantizing x does: signal-to-noise in dB (None: exact), shares of zeros and of what is
-    beyond the grid; where it is rotated, of x H."""
+    """Of x or x H: signal-to-noise in dB (None: exact), shares of zeros and of what is clipped."""
     x, s = rotate(x) if how.rotation else x.float(), replace(how, rotation='')
     q = quantize(x, s)
     x_hat, clipped = dequantize(q), 0.0
@@ -1103,20 +1036,20 @@ def damage(x, how):
 
 @torch.no_grad()
 def health(model, *inputs):
-    """{layer: {'weights', 'activations', 'levels'}} of each Linear that quantizes, on one batch:
-    what its Specs do to weight and input, and how codes of a stored weight share the levels."""
-    report = {}
+    """{layer: {'levels': level_shares, 'weights', 'activations': the damage}} on one batch."""
+    report, names = {}, {m: name for name, m in model.named_modules()
+                         if isinstance(m, Linear) and (m.stored or m.how != How())}
+
+    def look(layer, args):
+        seen = report[names[layer]] = {'levels': level_shares(layer)}
+        for key, x in (('weights', dequantize(layer.stored_weight())),
+                       ('activations', args[0].flatten(0, -2))):
+            if how := getattr(layer.how, key):
+                seen[key] = damage(x, how)
+
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
-        for name, layer in model.named_modules():
-            def look(layer, args, name=name):
-                report[name] = {'levels': level_shares(layer)}
-                for key, x in (('weights', dequantize(layer.stored_weight())),
-                               ('activations', args[0].flatten(0, -2))):
-                    if getattr(layer.how, key):
-                        report[name][key] = damage(x, getattr(layer.how, key))
-
-            if isinstance(layer, Linear) and (layer.stored or layer.how != How()):
-                stack.enter_context(layer.register_forward_pre_hook(look))
+        for layer in names:
+            stack.enter_context(layer.register_forward_pre_hook(look))
         model.eval()(*inputs)
     return report

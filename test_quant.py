@@ -106,8 +106,7 @@ def test_bad_spec_names_the_word(text, says):
 
 
 def test_noise_is_uniform_and_streams_are_independent():
-    """A key and the next, two streams of it, neighbours along rows and columns. Below 2^-8 u is a
-    multiple of 2^-31, each equally often: u < p with probability p, however small."""
+    """Of two keys, two streams, neighbours. Below 2^-8 each multiple of 2^-31 is equally often."""
     def even(bins, count):      # chi^2 / degrees of freedom, of which 5 deviations are allowed
         found, mean, n = torch.bincount(bins.long(), minlength=count), len(bins) / count, count - 1
         return ((found - mean).double() ** 2).sum() / mean / n < 1 + 5 * math.sqrt(2 / n)
@@ -177,13 +176,6 @@ def test_packing_loses_nothing(text):
             quantize(normal(2, 15), s)
 
 
-@each('text, bits', [('int8/128', 8.25), ('int4/row/asymmetric', 4 + 64 / 1280), ('nvfp4', 4.5),
-                     ('mxfp4', 4.25), ('mxfp8', 8.25), ('rank1', 32 / 64 + 32 / 1280)])
-def test_scales_take_few_bits(text, bits):
-    size = sum(t.nbytes for t in quantize(normal(64, 1280), text)[:4] if t is not None)
-    assert 8 * size / (64 * 1280) == pytest.approx(bits, abs=0.001)
-
-
 @each('name', [name for name, grid in GRIDS.items() if grid.dtype.is_floating_point])
 def test_float_grids_are_the_hardware_formats(name):
     grid, x = GRIDS[name], normal(4096) * 10 ** (3 * normal(4096, seed=1))
@@ -193,8 +185,12 @@ def test_float_grids_are_the_hardware_formats(name):
     assert torch.finfo(grid.dtype).max == grid.high == -grid.low
 
 
-def test_scales_of_microscaling_formats():
+def test_scales_take_few_bits_as_microscaling_formats_say():
     """mxfp4: the power of two at or below max / 4. mxfp8: at or above max / 448: clips nothing."""
+    for text, bits in (('int8/128', 8.25), ('int4/row/asymmetric', 4 + 64 / 1280), ('nvfp4', 4.5),
+                       ('mxfp4', 4.25), ('mxfp8', 8.25), ('rank1', 32 / 64 + 32 / 1280)):
+        size = sum(t.nbytes for t in quantize(normal(64, 1280), text)[:4] if t is not None)
+        assert 8 * size / (64 * 1280) == pytest.approx(bits, abs=0.001), text
     x = torch.outer(torch.tensor([1.0, 6, 7, 8, 448]), 2.0 ** torch.tensor([-60, -1, 0, 5]))
     x = torch.cat((x, *(x.nextafter(torch.tensor(way)) for way in (0, 1e30)))).flatten()
     for name, power in (('mxfp4', (x.double() / 4).log2().floor()),
@@ -525,8 +521,7 @@ def test_stored_weights_stay_on_their_grid(stored, code_lr):
 
 @each('published', [False, True])
 def test_the_mean_of_a_step_by_chance_is_the_step(published):
-    """q <- clip(SR(q - lr r), -1, 1), at first r = sign g: E[q'] = clip(q - lr sign g). Paper 2:
-    q = SR(clip(W' / s)), W' = AdamW(W, g) in passing; found anew, s would collapse."""
+    """E[q'] = clip(q - lr sign g, -1, 1), ours; of paper 2 clip(W' / s), W' = AdamW(W, g)."""
     n, lr, g, total = 300, 0.2, normal(64, 128), 0
     how = 'ternary/tensor/absmean/stochastic' if published else TERNARY
     for seed in range(n):
@@ -594,8 +589,7 @@ def test_evidence_is_used_up_and_scales_learn_downhill(tau, size):
 
 @each('shape, m', [((64, 128), ''), ((128, 64), 'int8/row')])
 def test_muon_makes_the_singular_values_of_a_step_about_1(shape, m):
-    """A step is .2 sqrt(max(out, in)) U p(S) V^T, where U S V^T = beta1 m + (1 - beta1) g, m with
-    g in it, and p, an odd polynomial taken five times, is near 1, as in U V^T."""
+    """By .2 sqrt(max(out, in)) U p(S) V^T: p, an odd polynomial taken five times, is near 1."""
     layer, optimizer, step = pair('', shape, optimizer='muon', learning_rate=1.0, weight_decay=0.1,
                                   adam_m=m)
     w, held, size = layer.weight.detach().clone(), 0, 0.2 * max(shape) ** 0.5
@@ -836,8 +830,8 @@ def test_health_sees_what_quantization_does():
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_generated_code_is_eager():
-    """Inductor, once: codes bit for bit. Blocks of g along rows for dx and along columns for dw:
-    inductor 2.13 fails on kernels that find both scales by a division; it must not divide."""
+    """Codes bit for bit. Blocks of g by row for dx, by column for dw: inductor 2.13 fails on
+    kernels that find both scales by a division; it must not divide."""
     x, scale, results = normal(64, 128), torch.full((64, 1), 0.3), []
     codes = lambda x: quantize(x, TERNARY, 5, scale).codes
     assert torch.equal(torch.compile(codes)(x), codes(x))
@@ -863,8 +857,7 @@ def capture(monkeypatch):
 @each('args', [['config/everything.py', '--adam_v=rank1'], [
     'config/bitnet.py', '--optimizer=muon', '--adam_m=int4/64/sqrt']], ids=str)
 def test_compiled_is_eager(args, small, capture):
-    """Whole graphs, equal bits. Nothing is compiled after the third step: neither another learning
-    rate nor other noise, nor an evaluation in between, makes new code."""
+    """Whole graphs, equal bits; no new code after the third step, nor for an evaluation."""
     args, ends = [*args, *small, '--n_layer=1', '--n_kv_head=1', '--overwrite=True'], []
     for how in ('no', 'yes'):
         run = train.Run(train.parse([*args, f'--compile={how}']), 0, 1)
@@ -1082,8 +1075,7 @@ def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monke
 
 
 def test_killed_while_saving_and_resumed(small, tmp_path):
-    """kill -9 at an odd moment: out_dir holds a whole checkpoint, and goes on to the same end. On
-    Linux, of torchrun: its processes end with it."""
+    """kill -9, on Linux of torchrun: out_dir holds a whole checkpoint, and goes on."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     args = ['config/ternary.py', *small, '--eval_interval=1', '--max_iters=30']
     torchrun = [*TORCHRUN, '--nproc_per_node=1'] if sys.platform == 'linux' else []
@@ -1110,8 +1102,7 @@ def test_a_closed_stdout_loses_nothing(small, tmp_path):
 
 @each('strategy', ['ternary', 'adam4', 'dqt_paper'])
 def test_update_in_backward_is_the_same_training(strategy, small, tmp_path, monkeypatch):
-    """Without clipping, bit for bit. No gradient is held at the end, and weights, states and
-    gradients of ternary never take two bytes a weight."""
+    """Bit for bit. No gradient is left, and all of ternary never takes two bytes a weight."""
     peaks, update = [], train.Run.update
     monkeypatch.setattr(train.Run, 'update', lambda run, *args: peaks.append(sum(bytes_held(
         run.model, run.optimizer)['linear'].values())) or update(run, *args))
@@ -1142,8 +1133,7 @@ train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: No
     runs = [[*ternary, at + 'bf16', '--reduce_dtype=bfloat16'],
             [at + 'one', *resume, '--batch_size=4', '--shard=True']]
     for shard, strategy in itertools.product((True, False), (ternary, adam8)):
-        folder = f'{at}{strategy[0][7:-3]}{shard}'
-        runs += [[*strategy, folder, f'--shard={not shard}'],
+        runs += [[*strategy, folder := f'{at}{strategy[0][7:-3]}{shard}', f'--shard={not shard}'],
                  [folder, *resume, f'--shard={shard}']]
     done = run(*TORCHRUN, '--nproc_per_node=2', str(tmp_path / 'ranks.py'), json.dumps(runs),
                PYTHONPATH=str(ROOT))
