@@ -441,7 +441,7 @@ def codes_of(q):
 
 
 def int_matmul(a, b):
-    """a b^T of int8 codes, (M, K) and (N, K), as float32, whose sums are exact to K = 1024."""
+    """a b^T of int8 codes, (M, K), (N, K): sums in int32, or in float32, exact up to K = 1024."""
     if not (a.is_cuda or a.device.type == 'cpu' and INT_MM_CPU):
         return a.float() @ b.float().T
     parts = zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1))           # int32 holds 2^16 products
@@ -573,8 +573,7 @@ class Linear(nn.Module):
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # a group of zeros, whose codes will move, gets the mean scale of the others, or that
-            # of weights which keep variances
+            # zeros will move: they get the mean scale, or that of weights which keep variances
             alive = ~(q.scale <= TINY)                              # nan stays nan
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
@@ -709,9 +708,8 @@ def adamw_step(w, g, m, v, h, key):
 
 
 def direct_step(w, g, m, v, log_s, h, h_s, key):
-    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row. SR is by
-    chance, if the Spec says so: a ternary code moves a level against r with probability lr |r~|.
-    Three things are ours, not paper 2's:
+    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row. By chance a
+    ternary code moves a level against r with probability lr |r~|. Ours, and not paper 2's:
     - r within tau of 0 is what pure noise would give (`Optimizer.begin`), and moves nothing;
     - a gradient that moved a code is spent: where there is a tau, its m starts from 0 again;
     - s learns: log s by Adam, whose moments are log_s, so that a step is a share of it."""

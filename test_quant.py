@@ -77,8 +77,7 @@ SIGNED = [name for name, grid in GRIDS.items() if grid.low < 0]
 MULTIPLIED = [name for name in SIGNED if not GRIDS[name].float
               or GRIDS[name].dtype == torch.float8_e4m3fn]
 STORED = [f'{name}/row' if name != 'bf16' else name for name in SIGNED]
-INT8 = {'weights': 'int8/row', 'activations': 'int8/row'}
-ONE = torch.ones(1, 1)
+INT8, ONE = {'weights': 'int8/row', 'activations': 'int8/row'}, torch.ones(1, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def test_bad_spec_names_the_word(text, says):
     assert '\n' not in str(e.value)
 
 
-def test_noise_is_uniform_and_streams_are_independent():
+def test_noise_is_uniform_and_independent_and_of_index_and_key_alone():
     """Of two keys, two streams, neighbours. Below 2^-8 each multiple of 2^-31 is equally often."""
     def even(bins, count):      # chi^2 / degrees of freedom, of which 5 deviations are allowed
         found, mean, n = torch.bincount(bins.long(), minlength=count), len(bins) / count, count - 1
@@ -118,9 +117,6 @@ def test_noise_is_uniform_and_streams_are_independent():
     us = [(u * 64).clamp(max=63).floor() for u in us]                   # u = 1 is possible
     pairs = [*itertools.combinations(us, 2), *((us[0], us[0].roll(lag)) for lag in (1, 64, 1000))]
     assert all(even(64 * a + b, 4096) for a, b in pairs)
-
-
-def test_noise_depends_on_index_and_key_alone():
     x, u = torch.empty(64, 32), uniform(torch.empty(64, 32), 7)
     assert torch.equal(u[:16], uniform(x[:16], 7)) and 0 <= u.min() and u.max() <= 1
     assert torch.equal(u, uniform(x.bfloat16(), torch.tensor(7, dtype=torch.int32)))
@@ -164,7 +160,6 @@ def test_stochastic_rounding_is_unbiased(text):
 
 @each('text', CODED)
 def test_packing_loses_nothing(text):
-    """Every level has a code of its own, of as many bits as the grid says."""
     s, y, bits = spec(text), levels_of(spec(text)).float(), GRIDS[spec(text).grid].bits
     n = 8 // math.gcd(8, bits)                  # codes that fill bytes: 2 of 4 bits, 4 of 6
     y = torch.stack([F.pad(y, (0, n + -len(y) % n), value=y[0]).roll(i) for i in range(5)])
@@ -511,7 +506,6 @@ def test_rank1_is_exact_for_rank_one():
 @each('code_lr', [0.0, 0.1])
 @each('stored', [f'{text}/stochastic' for text in (*STORED, 'int4/16', 'ternary', 'int2/column')])
 def test_stored_weights_stay_on_their_grid(stored, code_lr):
-    """They move from level to level, and flips counts those that the last step moved."""
     layer, optimizer, step = pair(stored, code_lr=code_lr, adam_m='int8/row/stochastic')
     for i in range(5):
         old, w = levels(layer.stored_weight()), step(normal(64, 128, seed=i))
@@ -671,7 +665,6 @@ def gptq_oracle(W, H, how, damping, act_order):
 @each('act_order', [False, True])
 @each('how', ['int4/row', 'int3/24', 'int2/row/absmean', 'ternary/row/absmean'])
 def test_gptq_is_its_definition_column_by_column(how, act_order):
-    """Its error is smaller where H weighs it; rounding to nearest is nearer."""
     W, H = normal(24, 144), correlated(144)                 # more than one block of columns
     q, nearest = gptq(W, H, how, 0.01, act_order), quantize(W, how)
     differs = levels(q) != gptq_oracle(W, H, how, 0.01, act_order)
@@ -682,7 +675,6 @@ def test_gptq_is_its_definition_column_by_column(how, act_order):
 
 @each('how', ['int8/row', 'int4/row', 'int3/32', 'ternary/row', 'fp8/row'])
 def test_gptq_rounds_channels_without_correlations_or_data_to_nearest(how):
-    """And a group of zeros stays zero, also when it is stored."""
     W, H, dead, layer = normal(16, 160), correlated(160), torch.tensor([0, 7, 39]), Linear(160, 16)
     W[2, 64:96] = 0
     for act_order in (False, True):
@@ -830,8 +822,7 @@ def test_health_sees_what_quantization_does():
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_generated_code_is_eager():
-    """Codes bit for bit. Blocks of g by row for dx, by column for dw: inductor 2.13 fails on
-    kernels that find both scales by a division; it must not divide."""
+    """Blocks of g by row for dx, by column for dw: inductor 2.13 fails if it divides by both."""
     x, scale, results = normal(64, 128), torch.full((64, 1), 0.3), []
     codes = lambda x: quantize(x, TERNARY, 5, scale).codes
     assert torch.equal(torch.compile(codes)(x), codes(x))
@@ -1011,18 +1002,16 @@ def test_configs_are_short_and_fit_every_size():
     for path in CONFIGS:
         lines = path.read_text(encoding='utf-8').splitlines()
         assert lines[0].startswith('# ') and sum(not x.startswith('#') for x in lines) <= 14
-    # a dry run each; of the sizes, 1600 = 25 x 64 is what blocks divide least
-    for size, name in [*itertools.product(['gpt2_xl'], STRATEGIES),
+    for size, name in [*itertools.product(['gpt2_xl'], STRATEGIES),     # 1600 = 25 x 64
                        *itertools.product(SIZES, ['everything'])]:
         train.parse([f'config/{size}.py', f'config/{name}.py', '--batch_size=1'])
 
 
 # ------------------------------------------------------------------------------------------------
-# train.py: what a run is, and what it may and may not depend on
+# train.py: what a run is, and what it may and may not depend on; checkpoints and datasets
 
 @each('name', STRATEGIES)
 def test_every_strategy_trains_two_steps(name, small, full, tmp_path, capsys):
-    """The first line names it, the last ones say what there is; log.jsonl has the rest."""
     start = [str(full / 'ckpt.pt'), f'config/{name}.py'][name not in ('qaft', 'gptq'):]
     flags = [*start, *small, '--max_iters=2', '--compile=no', *['--sequences=8'][len(start) < 2:]]
     train.main(flags)
@@ -1166,9 +1155,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, full, tmp_path):
         assert 'lower learning_rate or use more bits' in says and not path.exists()
 
 
-# ------------------------------------------------------------------------------------------------
-# train.py: checkpoints and datasets
-
 def test_a_run_is_never_overwritten_untold(small, tmp_path):
     train.main(small)
     path, resume = tmp_path / 'run' / 'ckpt.pt', [*small, '--init_from=resume']
@@ -1289,7 +1275,6 @@ def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
 # what the README says
 
 def run(*args, **env):
-    """python in a process of its own, as a user runs it."""
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
 
