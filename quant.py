@@ -653,8 +653,7 @@ def inductor(options, on_gpu=True):
             # cuBLAS is best at floats: not to try Triton's saves a minute or two
             select_algorithm.get_algorithm_selector_cache().add_preprocessing_fn(
                 lambda choices: [c for c in choices if c.name in ('mm', 'addmm')] or choices)
-    known = torch._inductor.list_options() if on_gpu else ()
-    return {key: options[key] for key in options if key in known}
+    return {k: v for k, v in options.items() if on_gpu and k in torch._inductor.list_options()}
 
 
 # ------------------------------------------------------------------------------------------------
