@@ -54,7 +54,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv = config.n_head, config.n_kv_head or config.n_head
         self.kv_cache, hs = spec(config.kv_cache), config.n_embd // config.n_head
-        KVCache(config.kv_cache)                        # ValueError now if it cannot hold tokens
+        # ValueError now, and not when it first generates, if it cannot hold tokens
+        KVCache(config.kv_cache).append(*torch.zeros(2, 1, 1, 1, hs))
         # one matrix for q, k and v, in this order
         self.c_attn = linear(config, config.n_embd, (self.n_head + 2 * self.n_kv) * hs)
         self.c_proj = linear(config, config.n_embd, config.n_embd)
