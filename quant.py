@@ -32,8 +32,8 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
-# codes are whole numbers from low = Qn to high = Qp, stored in so many bits, below 8 packed in
-# bytes; those of a float grid, (mantissa bits, smallest exponent), are the rounded numbers
+# codes are whole numbers from low = Qn to high = Qp in so many bits, below 8 packed in bytes; of
+# a grid of floats, (mantissa bits, smallest exponent), are the rounded numbers themselves
 Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
@@ -47,16 +47,16 @@ GRIDS = {
     'bf16': Grid(16, -2. ** 128 + 2. ** 120, 2. ** 128 - 2. ** 120, torch.bfloat16, (7, -126)),
     'rank1': Grid(0, 0, 0),     # no codes, but a mean of each row and column: Adafactor's v
 }
-# what an integer code stands for, before the scale: its `level`. Back from a level, `code` is the
-# inverse, a real number, and `nearest` that, shifted so that rounding it finds the nearest level
-Map = namedtuple('Map', 'level code nearest')
+# what an integer code stands for, before the scale: its `level`. `code` is the inverse, a real
+# number, and `nearest`, if not the same, a number that rounds to the code of the nearest level
+Map = namedtuple('Map', 'level code nearest', defaults=(None,))
 MAPS = {
-    'linear': Map(lambda c: c, lambda y: y, lambda y: y),
+    'linear': Map(lambda c: c, lambda y: y),
     # level c |c|, for m; the middle of c^2 and (c + 1)^2 is (c + 1/2)^2 + 1/4
     'sqrt': Map(lambda c: c * abs(c), lambda y: y.abs().sqrt().copysign(y),
                 lambda y: (y.abs() - 0.25).clamp(min=0).sqrt().copysign(y)),
-    # level c^4, for v, which is a divisor: nearest by the root, and never from positive to zero
-    'root4': Map(lambda c: c * abs(c) ** 3, *[lambda y: y.abs().sqrt().sqrt().copysign(y)] * 2),
+    # level c^4, for v: what is rounded is its root, and `quantize` keeps a positive v from 0
+    'root4': Map(lambda c: c * abs(c) ** 3, lambda y: y.abs().sqrt().sqrt().copysign(y)),
 }
 FORMATS = {'nvfp4': ('fp4', 16), 'mxfp4': ('fp4', 32), 'mxfp8': ('fp8', 32)}    # grid and block
 WORDS = {  # field of Spec: its words; a block size, any number, is the other kind of group
@@ -74,7 +74,7 @@ class Spec:
     grid: str                   # the codes, a key of GRIDS
     group: str | int = 'tensor'     # what shares a scale: the tensor; a row, along the last axis;
                                 # a column, along the others; n neighbours on the last axis
-    scale: str = 'absmax'       # s = max|x| / Qp, which clips nothing (int2 then has 3 levels);
+    scale: str = 'absmax'       # s = max|x| / top, which clips nothing (int2 then has 3 levels);
                                 # absmean: mean|x| / sqrt(Qp) (BitNet b1.58, arXiv 2402.17764;
                                 # a4.8, 2411.04965); mse: the one of `least_error`
     rounding: str = 'nearest'   # or stochastic: up with the probability that keeps the mean
@@ -143,17 +143,18 @@ def noise_key(*numbers):
 
 
 def stream(key, n):
-    """The n-th key made of one, an int32 tensor (): w, m and v, x and g share no noise."""
+    """The n-th of the keys that one makes, int32 (): a Linear has 0 for w, 1 for x, 2 and 3 for
+    g; the optimizer the key itself for w, 1 for m, 2 for v."""
     return _mix(_mix(key) + n)
 
 
 def uniform(x, key):
-    """u_i = hash(i, key) in [0, 1], 31 bits, float32, for each element of x, on any device."""
+    """u_i = hash(i, key) for each element of x, a float32 in [0, 1], the same on any device."""
     if x.numel() >= 2 ** 31:            # i would repeat
         raise ValueError(f'{x.numel()} elements at once are too many for stochastic rounding; '
                          'lower batch_size and raise grad_accum')
     i = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    # the key enters before each round: with one round in common two keys give like noise
+    # the key enters both rounds: in the first alone, two keys would permute the same numbers
     return (_mix(_mix(i ^ key) + key) & 0x7FFFFFFF).float() * 2.0 ** -31
 
 
@@ -161,8 +162,9 @@ def uniform(x, key):
 # quantize and dequantize
 
 class QTensor(NamedTuple):
-    """What is stored of a tensor: x^ = (level(codes) + zero) * scale * outer."""
-    codes: torch.Tensor                # packed uint8, int8, fp8, bf16; x itself if spec is None
+    """What is stored of a tensor: x^ = (levels(q) + zero) * scale * outer."""
+    codes: torch.Tensor                # int8, fp8, bf16; below 8 bits q - Qn, packed; without a
+                                       # spec x itself
     scale: torch.Tensor | None = None  # one per group: float32, or a byte in nvfp4 and mx
     zero: torch.Tensor | None = None   # asymmetric only, an integer per group
     outer: torch.Tensor | None = None  # nvfp4 only, the scale of the scales
@@ -170,11 +172,11 @@ class QTensor(NamedTuple):
 
 
 def quantize(x, how, key=0, scale=None, packed=True):
-    """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp, Qp the highest level; asymmetric, q =
-    clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s - Qn) (paper 1).
-    x (..., C) is taken to float32; without `how`, a Spec or its string, it is stored as it is. A
-    `scale` that is given is kept; what is used at once need not be `packed`. Raises ValueError
-    where blocks or full bytes do not divide C."""
+    """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp (by a map code(x / s), max|x| / level(Qp));
+    asymmetric, q = clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s
+    - Qn) (paper 1). x (..., C) is taken to float32; without `how`, a Spec or its string, it is
+    stored as it is. A `scale` that is given is kept; not `packed`, a code is an int8, q - Qn.
+    Raises ValueError where blocks or full bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -187,7 +189,7 @@ def quantize(x, how, key=0, scale=None, packed=True):
     scale, zero, outer = find_scale(groups, s) if scale is None else (scale, None, None)
     y = groups / (scale.float() if outer is None else scale.float() * outer)
     c = round_to(y if zero is None else y - zero, s, key)
-    if s.map == 'root4':    # v is a divisor: what is positive must not become zero
+    if s.map == 'root4':    # sqrt(v) divides: what is positive must not become zero
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
     codes = encode(c, s).reshape(x.shape)
     codes = pack(codes, s) if packed or GRIDS[s.grid].bits > 7 else codes.to(torch.int8)
@@ -207,7 +209,7 @@ def dequantize(q, dtype=torch.float32):
     x = grouped(y, s) if q.zero is None else grouped(y, s) + q.zero
     x = x * (q.scale.float() if q.outer is None else q.scale.float() * q.outer)
     x = rotate(x.view(y.shape)) if s.rotation else x
-    return x.to(dtype).view(y.shape)    # last: else inductor finds a block's scale by dividing
+    return x.to(dtype).view(y.shape)    # the cast first: else inductor divides to find a block
 
 
 def fake_quant(x, how, key=0):
@@ -296,8 +298,8 @@ def round_to(y, s, key):
         return (y * spacing).clamp(grid.low, grid.high)
     level, code, nearest = MAPS[s.map]
     if u is None:
-        return nearest(y).round().clamp(grid.low, grid.high)
-    # up by chance, so that the mean of the two levels around y is y
+        return (nearest or code)(y).round().clamp(grid.low, grid.high)
+    # up with probability (y - level(c)) / (level(c + 1) - level(c)), so that the mean is y
     c = code(y).floor()
     up = u * (level(c + 1) - level(c)) < y - level(c)
     return (c + up.float()).clamp(grid.low, grid.high)
@@ -330,8 +332,8 @@ def levels(q):
 
 
 def pack(c, s):
-    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8), in fields of 4, 2 and 1
-    bits: 6 is a field of 4 and one of 2. Byte j of the n of a field holds codes j, j + n .."""
+    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8). Their bits are cut in
+    widths of 4, 2, 1, low bits first, 6 = 4 + 2; of a width's n bytes j has codes j, j + n .."""
     if GRIDS[s.grid].bits > 7:
         return c
     fields = []
@@ -347,7 +349,7 @@ def pack(c, s):
 
 
 def unpack(codes, s):
-    """The codes that `pack` put into bytes, from 0 up, int32 (..., C); others as they are."""
+    """The codes that `pack` put into bytes, from 0 up, int32 (..., C); what was not, as it is."""
     bits, c, shift = GRIDS[s.grid].bits, 0, 0
     if bits > 7 or codes.dtype == torch.int8:
         return codes
@@ -360,12 +362,12 @@ def unpack(codes, s):
 
 
 def in_memory(x):
-    """x itself, which a compiler now writes down, instead of finding it anew for every use."""
+    """x itself, as a view for which a compiler stores it once, not computes it for every use."""
     return x.as_strided(x.shape, x.stride())
 
 
 def shifts(width, like):
-    """Where the digits of a byte begin, a column of int32: an index, and not memory to read."""
+    """The bits at which the digits of a byte begin, int32 (8 / width, 1): computed, not loaded."""
     return width * torch.arange(8 // width, dtype=torch.int32, device=like.device).unsqueeze(-1)
 
 
@@ -375,19 +377,20 @@ def shifts(width, like):
 # Codes can be multiplied in place of what they stand for if no scale changes along the sum:
 # sum_k (s_i a_ik) (t_j b_jk) = s_i t_j sum_k a_ik b_jk. In y that is so, with one scale for each
 # token of x and each output of w: W8A8, an int8 matmul. In dx the sum goes over outputs, in dw
-# over tokens, across the scales. So the backward multiplies floats (ste, full), or g takes the
-# scales in first (fold), or everything is rounded anew along the sum (requantize).
+# over tokens, where the scale of w or x changes. So the backward multiplies floats (ste, full), or
+# g is multiplied by those scales before it is rounded (fold), or all get scales that are constant
+# along the sum (requantize).
 
 @dataclass(frozen=True)
 class How:
-    """What a Linear quantizes, and how it multiplies. "Quantized gradients" are (ste, both) in
-    paper 1's text, (full, dw) in its code, (full, dx), but for w^, in SwitchBack."""
+    """What a Linear quantizes, and how it multiplies. As (backward, gradients_in), paper 1 is
+    (ste, both) in its text, (full, dw) in its code; SwitchBack is (full, dx), its dx with w^."""
     weights: Spec | None = None
     activations: Spec | None = None
     gradients: Spec | None = None
     gradients_in: str = 'both'  # or dx, dw: the matmuls of the backward that see g^ instead of g
     backward: str = 'ste'       # a key of BACKWARD
-    compute: str = 'float'      # or codes: they are multiplied where scales come out of the sum
+    compute: str = 'float'      # or codes: int8 or fp8 matmuls where scales come out of the sum
 
     def __post_init__(self):
         for name in ('weights', 'activations', 'gradients'):
@@ -396,16 +399,16 @@ class How:
                            ('compute', ('float', 'codes'))):
             if getattr(self, name) not in good:
                 raise ValueError(f"{name} = '{getattr(self, name)}': use {', '.join(good)}")
-        rounds_g = self.gradients_in != 'both' or self.backward in ('fold', 'requantize')
-        if rounds_g and not self.gradients:
+        needs_spec = self.gradients_in != 'both' or self.backward in ('fold', 'requantize')
+        if needs_spec and not self.gradients:
             raise ValueError('gradients_in, fold and requantize are about quantized gradients: '
                              'give gradients too')
 
 
 def together(a, b):
-    """Can codes of two Specs be multiplied in place of what they stand for? x^ = s q, one s a row,
-    of integers both, or of fp8 (not e5m2 both), and both rotated or neither."""
-    def kind(s):
+    """Can codes of two Specs be multiplied in place of what they stand for? Signed integers, or
+    fp8 (one e5m2 at most), x^ = s q, a scale for a row or the tensor, both rotated or neither."""
+    def kind(s):            # False, or what must be the same in both
         grid, plain = GRIDS[s.grid], (s.map, s.sign) == ('linear', 'symmetric')
         fits = plain and (grid.bits == 8 if grid.float else grid.low < 0)
         return fits and s.group in ('row', 'tensor') and (bool(grid.float), s.rotation)
@@ -415,15 +418,15 @@ def together(a, b):
 
 def matmul(a, b, codes, dtype, bias=None):
     """y = (s_a a) (s_b b)^T (+ bias), (M, N), of QTensors a (M, K) and b (N, K), in dtype; with
-    `codes`, where one can, s_a s_b (a b^T): integers exactly, fp8 with y rounded to bfloat16."""
+    `codes`, where Specs and shapes fit, s_a s_b (a b^T), of fp8 with y rounded to bfloat16."""
     if all(q.spec and q.spec.rotation for q in (a, b)):
         # nothing is to undo: (a H)(b H)^T = a b^T
         a, b = (q._replace(spec=replace(q.spec, rotation='')) for q in (a, b))
     if codes and together(a.spec, b.spec):
-        # the scale of each row, (M, 1) and (N, 1), where all share one too
+        # a scale for each row, (M, 1) and (N, 1); that of a tensor is repeated
         s_a, s_b = (q.scale.expand(q.codes.shape[0], 1).contiguous() for q in (a, b))
         p, q = codes_of(a), codes_of(b)
-        # on a GPU the units want both along K, more than 16 rows, and multiples of 16
+        # a GPU takes M > 16, K and N in multiples of 16; other shapes go as floats, below
         if not p.is_cuda or len(p) > 16 and p.shape[1] % 16 == len(q) % 16 == 0:
             p, q = p.contiguous(), q.contiguous()
             if GRIDS[a.spec.grid].float:
@@ -441,31 +444,32 @@ def codes_of(q):
 
 
 def int_matmul(a, b):
-    """a b^T of int8 codes, (M, K), (N, K): sums in int32, or in float32, exact up to K = 1024."""
+    """a b^T of int8 codes (M, K), (N, K) in float32: exact to K = 1024, then as floats round."""
     if not (a.is_cuda or a.device.type == 'cpu' and INT_MM_CPU):
         return a.float() @ b.float().T
-    parts = zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1))           # int32 holds 2^16 products
+    # 2^16 products of at most 2^14 fit in int32
+    parts = zip(a.split(2 ** 16, 1), b.split(2 ** 16, 1))
     return sum(torch._int_mm(p, q.T).float() for p, q in parts)
 
 
-# one matmul of the backward: g (M, K) times q (K, N). It is dx with w^, and dw with g^T and x^
+# one matmul of the backward, g (M, K) times q (K, N): g and w^ give dx, g^T and x^ give dw
 
 def straight_through(g, q, how=None, key=None):
     """dx = g^ w^, dw = (g^)^T x^: rounding has no gradient, and is taken for the identity (Bengio
-    et al., arXiv 1308.3432). With backward = 'full' x and w come as they were before it."""
+    et al., arXiv 1308.3432). With backward = 'full' q is x or w before it was rounded."""
     return g @ dequantize(q, g.dtype)
 
 
 def fold(g, q, how, key):
-    """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): the scales change along the sum, so g
-    takes them in, which costs accuracy in dw where some tokens of x are far larger than others."""
+    """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): column k of g takes in scale k, and Q
+    makes the one error. In dw it is larger where some tokens of x are far larger than others."""
     if not together(q.spec, how.gradients) or how.gradients.group != 'row' or q.spec.rotation:
         raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), gradients "
                          'and activations symmetric integers or fp8, not rotated, a scale per row')
-    # the codes alone, as a tensor whose one scale is 1
+    # the codes without their scales
     grid = q.spec.grid if GRIDS[q.spec.grid].float else 'int8'
     codes = QTensor(codes_of(q).T, q.scale.new_ones(1, 1), spec=Spec(grid, 'row'))
-    folded = quantize(g * q.scale.T, how.gradients, key)                # s (K, 1) or (1, 1)
+    folded = quantize(g * q.scale.T, how.gradients, key)                # (1, K) or (1, 1)
     return matmul(folded, codes, how.compute == 'codes', g.dtype)
 
 
@@ -496,18 +500,18 @@ def operands(x, w, how, key):
 def matmul_backward(g, x, w, how, key):
     """dx (N, in) and dw (out, in) of QTensors x and w, as saved, and g = dL/dy (N, out)."""
     method, where = BACKWARD[how.backward], how.gradients_in
-    g = g_hat = in_memory(g) if how.gradients else g
+    g = seen = in_memory(g) if how.gradients else g
     if method is straight_through:
-        # both see one g^; else each rounds a g of its own, with noise of its own
-        g_hat = fake_quant(g, how.gradients, stream(key, 2))
-    # the matmul that does not see g^ takes g as it is
-    dx = straight_through(g, w) if where == 'dw' else method(g_hat, w, how, stream(key, 2))
-    dw = straight_through(g.T, x) if where == 'dx' else method(g_hat.T, x, how, stream(key, 3))
+        # both see one g^; fold and requantize take g, and each call rounds it with its own noise
+        seen = fake_quant(g, how.gradients, stream(key, 2))
+    # the matmul that gradients_in leaves out takes g as it is
+    dx = straight_through(g, w) if where == 'dw' else method(seen, w, how, stream(key, 2))
+    dw = straight_through(g.T, x) if where == 'dx' else method(seen.T, x, how, stream(key, 3))
     return dx, dw
 
 
 class Matmul(torch.autograd.Function):
-    """y = x^ (w^)^T + b,  dx = g^ w^,  dw = (g^)^T x^,  db = sum g. `weight` is w, or, where there
+    """y = x^ (w^)^T + b, db = sum g; dx, dw by `matmul_backward`. `weight` is w, or, where there
     are codes, the leaf that receives dw. x^ and w^ wait for the backward as codes and scales."""
 
     @staticmethod
@@ -542,7 +546,8 @@ def storable(how):
 
 
 class Linear(nn.Module):
-    """y = x^ (w^)^T + b over the last axis of x (..., in); `key`, int32 (), is of its noise."""
+    """y = x^ (w^)^T + b over the last axis of x (..., in). Its noise comes from `key`, int32 (),
+    which GPT.set_noise sets before every step."""
 
     def __init__(self, n_in, n_out, bias=False, how=How()):
         super().__init__()
@@ -561,24 +566,24 @@ class Linear(nn.Module):
 
     def stored_weight(self):
         """The weight as it is stored, a QTensor: codes and scale, or the parameter itself."""
-        codes = QTensor(self.codes, self.scale, spec=self.stored)
-        return codes if self.stored else QTensor(self.weight.data)
+        q = QTensor(self.codes, self.scale, spec=self.stored)
+        return q if self.stored else QTensor(self.weight.data)
 
     @torch.no_grad()
     def store_(self, how, q=None):
-        """Keep only codes, q = clip(round(w / s), Qn, Qp) or those given; s is not found again."""
+        """Keep only codes, q = clip(round(w / s), Qn, Qp), or the QTensor q with its scale."""
         s = storable(how)
         if s is None:
             return
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # zeros will move: they get the mean scale, or that of weights which keep variances
+            # zeros may move: they get the mean scale, or, all of them, that of weights in^-1/2
             alive = ~(q.scale <= TINY)                              # nan stays nan
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
             self.scale = torch.where(alive, q.scale, usual)
-        # autograd hangs .grad on a float leaf of that shape: a ghost, one zero in four bytes
+        # what receives .grad is a ghost of that shape: one float zero, expanded, in four bytes
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand(self.weight.shape))
 
     def _apply(self, fn, recurse=True):
@@ -634,7 +639,7 @@ class KVCache:
 # ------------------------------------------------------------------------------------------------
 # how a GPU compiles all this
 
-# options for the steps of the optimizer: what a hash and a floor make stays in registers
+# options for the steps of the optimizer: to compute on, and not to store noise and rounded values
 STEPS = {'realize_opcount_threshold': 1000, 'realize_reads_threshold': 64,
          'realize_acc_reads_threshold': 64}
 # for matmuls of codes: scales go into Triton's own, and not into a kernel after, that reads int32
@@ -667,15 +672,16 @@ def inductor(options, on_gpu=True):
 #     muon_step      w <- (1 - decay) w - lr U V^T            U S V^T = m: for matrices of floats
 #
 # Where Q rounds to a few bits by chance, no float copy of w is left: direct training (paper 2).
-# The second line is that in units of the codes: a rate says how many move, whatever their scale.
+# direct_step is adamw_step without decay, divided by s: a rate says how many codes move.
 
-# the numbers of a step, 0-d tensors, so that compiled code serves them all. decay includes lr;
-# bias = 1 - prod beta, so that mhat = m / bias1; g is multiplied by clip
+# the numbers of a step, 0-d tensors, so that new ones need no compiling. decay includes lr, bias1
+# and bias2 are 1 - prod beta, so that mhat = m / bias1; g is multiplied by clip
 Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps tau clip')
 
 
 def moments(g, m, v, h, key):
-    """m after the gradient g, float32; v as it will be stored; r~ of v before that (not rank1)."""
+    """m after g, float32; v after g, as it will be stored; r~, of v before it is rounded (rank1:
+    after)."""
     m = h.beta1 * dequantize(m) + (1 - h.beta1) * g
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
@@ -697,7 +703,7 @@ def adamw_step(w, g, m, v, h, key):
     h = Rates(*h.unbind())
     m_new, v_new, r = moments(h.clip * g.float(), m, v, h, stream(key, 2))
     old = dequantize(w)
-    # the scale stays: found anew, the mean |w| of a ternary w would shrink
+    # the scale stays: found anew, the mean |w| of a ternary w would shrink. No spec: no rounding
     new = quantize((1 - h.decay) * old - h.lr * r, w.spec, key, scale=w.scale)
     moved = (dequantize(new) != old).sum() if w.spec else None
     put(w, new)
@@ -706,12 +712,12 @@ def adamw_step(w, g, m, v, h, key):
     return moved
 
 
-def direct_step(w, g, m, v, log_s, h, h_s, key):
-    """q <- clip(SR(q - lr Qp r~), Qn, Qp); returns how many codes moved, of each row. By chance a
-    ternary code moves a level against r with probability lr |r~|. Ours, and not paper 2's:
-    - r within tau of 0 is what pure noise would give (`Optimizer.begin`), and moves nothing;
-    - a gradient that moved a code is spent: where there is a tau, its m starts from 0 again;
-    - s learns: log s by Adam, whose moments are log_s, so that a step is a share of it."""
+def direct_step(w, g, m, v, s_moments, h, h_s, key):
+    """q <- clip(SR(q - lr Qp r~), Qn, Qp), SR as w.spec says; returns how many moved, by row. A
+    ternary code moves a level against r~ with probability lr |r~|. Ours, and not paper 2's:
+    - tau, what pure noise makes of r (`Optimizer.begin`), is taken off |r|: noise moves nothing;
+    - what has moved a code is spent: where there is a tau, its m starts from 0 again;
+    - s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
     m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
@@ -719,12 +725,12 @@ def direct_step(w, g, m, v, log_s, h, h_s, key):
     moved = new != q
     m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
 
-    # dL/dlog s = sum g w over the weights that share it, at the w that made the gradient
+    # dL/dlog s = sum g w over the weights that share it, w = s q as before this step
     slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
-    m_s, v_s = log_s
+    m_s, v_s = s_moments
     m_s.lerp_(slope, 1 - h_s.beta1)
     v_s.lerp_(slope ** 2, 1 - h_s.beta2)
-    r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
+    r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)          # no 0 / 0
     w.scale.mul_((-h_s.lr * r_s).exp())
     w.codes.copy_(pack(in_memory(encode(new, s)), s))
     put(m, quantize(m_new, m.spec, stream(key, 1)))
@@ -752,28 +758,28 @@ def muon_step(w, g, m, h, key):
 
 
 def put(old, new):
-    """Write a QTensor over another, in place; a scale that was kept is the same tensor."""
+    """Write a QTensor over another, in place; a scale that was kept is one tensor in both."""
     for a, b in zip(old[:4], new[:4]):
         if a is not None and a is not b:
             a.copy_(b)
 
 
 class Optimizer:
-    """Steps every parameter: by direct_step the codes of a Linear if code_lr > 0, by muon_step its
-    float weight if optimizer = 'muon', by adamw_step all else. Weights of Linears alone take the
-    Specs, threshold and ramp; the model is asked for them at every step. With `shard`, a process
-    has the states of its share alone, and steps that: ZeRO-1, arXiv 1910.02054."""
+    """Steps every parameter: by direct_step codes and scales of a Linear if code_lr > 0, by
+    muon_step its float weight if optimizer = 'muon', by adamw_step all else. Specs, threshold and
+    ramp are for weights of Linears alone. The model is asked for its weights at every step. With
+    `shard`, a process has the states of its share alone, and steps that: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t = model, config, 0
-        self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # beta1s: prod beta1
+        self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # prod beta1, and see `begin`
         shared = config.shard and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self.weights, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
         specs = spec(config.adam_m), spec(config.adam_v)
         steps = adamw_step, direct_step, muon_step
         if compiled:
-            # a graph for each shape, be they many: left open, 4-bit states are far slower
+            # a graph for each shape, however many: with open ones 4-bit states are far slower
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = inductor(STEPS, next(model.parameters()).is_cuda)
             steps = [torch.compile(f, dynamic=False, options=options) for f in steps]
@@ -782,17 +788,17 @@ class Optimizer:
             # embeddings, whose step is by element, are dealt out by rows; all else has one owner,
             # the rank that holds least so far, and on others a state that is shapes alone
             owners = [*range(self.world)] if kind == 'matrix' else [held.index(min(held))]
-            self.owners[name], device = owners, p.device if self.rank in owners else 'meta'
+            self.owners[name], device = owners, (p.device if self.rank in owners else 'meta')
             how = [None if kind in ('matrix', 'vector') else s for s in specs]
             zeros = torch.zeros(self.mine(name, p).shape, device=device)
-            block, *other = {s.group if s else '' for s in how}
-            if isinstance(block, int) and not other and kind == 'linear' and not w.spec:
-                # blocks alike are rows: all of a step is read and written in one order
+            block, same = (s.group if s else '' for s in how)
+            if kind == 'linear' and not w.spec and block == same and isinstance(block, int):
+                # m and v in like blocks: `apply` has w, g, m and v as rows of one block each
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
-            # muon has no v; a scale that learns has moments of its own, those of log s
-            log_s = [torch.zeros_like(w.scale, device=device) for _ in 'mv' if kind == 'direct']
-            self.state[name] = [m] if kind == 'muon' else [m, v, *map(QTensor, log_s)]
+            # muon has no v; scales that learn have moments of their own
+            of_s = [torch.zeros_like(w.scale, device=device) for _ in 'mv' if kind == 'direct']
+            self.state[name] = [m] if kind == 'muon' else [m, v, *map(QTensor, of_s)]
             for rank in owners:
                 held[rank] += sum(t.nbytes for t in self.tensors()[name])
 
@@ -810,22 +816,22 @@ class Optimizer:
         return weights
 
     def step(self, schedule=1.0, clip=1.0):
-        """One step from the .grad of all parameters, times `clip`, at `schedule` of all rates."""
+        """One step of all by their .grad times `clip`, with learning rates times `schedule`."""
         self.begin(schedule, clip)
         for name in self.weights:
             self.apply(name)
         self.share()
 
     def begin(self, schedule=1.0, clip=1.0):
-        """Rates of each kind and a key of each parameter; they go to the device as one tensor."""
+        """Rates by kind and keys by parameter, on the device: one int32 tensor, floats as bits."""
         self.weights, self.moved = self.look(), {}
         c, self.t = self.config, self.t + 1
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / c.ramp)) if c.ramp else c.beta1
         self.beta1s *= beta1
-        # of white gradients, m = sum w_i g_i has the variance of g times sum w_i^2 = `noise`
+        # m = sum a_i g_i, `noise` = sum a_i^2: of pure noise, r deviates by sqrt(noise) / bias1
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
         bias1, bias2 = 1 - self.beta1s, 1 - c.beta2 ** self.t
-        # (beta1, bias1, tau), of weights of Linears and of all else
+        # (beta1, bias1, tau), of weights of Linears, whose m may grow longer, and of all else
         ramped = beta1, bias1, c.threshold * math.sqrt(self.noise) / bias1
         usual = c.beta1, 1 - c.beta1 ** self.t, 0.0
         others = c.embedding_lr or c.learning_rate
@@ -843,24 +849,24 @@ class Optimizer:
 
     @torch.no_grad()
     def apply(self, name):
-        """Update one parameter by its .grad, or free that where it is another process's."""
+        """Update one parameter by its .grad; if another process owns it, only free its .grad."""
         (kind, p, w), state, key = self.weights[name], self.state[name], self.keys[name]
         if p.grad is None or self.rank not in self.owners[name]:
             p.grad = None
             return
         g, w = self.mine(name, p.grad), w._replace(codes=self.mine(name, w.codes))
-        if (rows := len(state[0].codes)) != len(g):                     # blocks, then
+        if (rows := len(state[0].codes)) != len(g):         # they are blocks, see __init__
             g, w = g.reshape(rows, -1), QTensor(w.codes.view(rows, -1))
         if kind == 'direct':
-            m, v, *log_s = state
-            self.moved[name] = self.direct(w, g, m, v, [q.codes for q in log_s],
+            m, v, *of_s = state
+            self.moved[name] = self.direct(w, g, m, v, [q.codes for q in of_s],
                                            self.rates[kind], self.rates['scale'], key)
         else:
             step = self.muon if kind == 'muon' else self.adamw
             self.moved[name] = step(w, g, *state, self.rates[kind], key)
 
     def mine(self, name, t):
-        """The part that this process steps, of a parameter, its gradient or its state."""
+        """What this process steps of t, a parameter, its gradient or state: its rows, or all."""
         n = len(self.owners.get(name, ()))
         return t.tensor_split(n)[self.rank] if n > 1 else t
 
@@ -917,35 +923,38 @@ def rtn_(model, how):
         layer.store_(how)
 
 
+@torch.no_grad()
 def gptq(W, H, how, damping=0.01, act_order=False):
-    """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer:
+    """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer, s
+    as W itself gives it:
 
-        q_i = clip(round(w_i / s), Qn, Qp),  e = (w_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
+        q_i = clip(round(W_i / s), Qn, Qp),  e = (W_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
-    for columns i = 1 .. in, or by descending H_ii (act_order): what rounding a column does to the
-    output, those after it make up for. H = 2 mean x x^T, (in, in) float32, U the upper Cholesky
-    factor, U^T U = (H + damping mean(diag H) 1)^-1, the mean over channels with data (Frantar et
-    al., arXiv 2210.17323). Raises ValueError where H is not positive definite."""
+    for columns i, in order or by descending H_ii (act_order): what rounding a column does to the
+    output, those after it make up for. H = 2 mean x x^T over tokens x, (in, in) float32; U is the
+    upper Cholesky factor, U^T U = (H + d I)^-1, d = damping times the mean of H_ii > 0. Where H_ii
+    is 0 it counts as 1, and the column is just rounded (Frantar et al., arXiv 2210.17323). Raises
+    ValueError where H is not positive definite."""
     s, n = replace(storable(how), rounding='nearest'), W.shape[1]
-    rtn = quantize(W, s)
+    rtn = quantize(W, s)                                    # for its scale alone
     scale = rtn.scale.expand_as(grouped(W, s)).reshape(W.shape)        # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
     damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
     order = (H.diagonal() * act_order).argsort(descending=True, stable=True)    # of 0: as it is
     W, H, scale = W.float()[:, order], H[order][:, order], scale[:, order]
-    # the upper factor of the inverse, from the lower one of H with its axes backwards
+    # backwards, H is L L^T; so H^-1 = U^T U with U = L^-1 backwards, which is upper
     L, bad = torch.linalg.cholesky_ex(H.flip(0, 1))
     if bad or not L.isfinite().all():
         raise ValueError('H is not positive definite: give more sequences, or more damping')
     U = torch.linalg.solve_triangular(L, torch.eye(n, device=L.device), upper=False).flip(0, 1)
     codes = torch.empty_like(W)
-    # in blocks of columns: what lies after one is corrected by one matmul
+    # in blocks of columns: those after a block are corrected once, by a matmul
     for a in range(0, n, 128):
         b = min(a + 128, n)
         E = torch.empty_like(W[:, a:b])
         for i in range(a, b):
-            # a group of zeros stays zero, whatever others push onto it
+            # a group of zeros stays zero, whatever corrections have made of its W
             codes[:, i] = round_to(W[:, i] / scale[:, i], s, 0) * (scale[:, i] > TINY)
             E[:, i - a] = (W[:, i] - scale[:, i] * codes[:, i]) / U[i, i]
             W[:, i:b] -= torch.outer(E[:, i - a], U[i, i:b])
@@ -972,7 +981,7 @@ def hessian(layer, run):
 def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
     """GPTQ of all block linears, in the order in which they run, on `batches`, a list of tokens
     (B, T): the inputs of each have gone through those before it, quantized."""
-    if not batches or storable(how).grid == 'bf16':
+    if not batches or not storable(how) or storable(how).grid == 'bf16':
         raise ValueError('GPTQ needs data, give it sequences, and a grid with scales, not bf16')
     for name, layer in linears(model).items():
         if layer.stored or layer.how.weights:

@@ -132,7 +132,7 @@ def test_noise_is_uniform_and_independent_and_of_index_and_key_alone():
 @each('text', CODED)
 def test_nearest_is_the_nearest_level_by_brute_force(text):
     s, all_levels = spec(text), levels_of(spec(text))
-    bend = MAPS[s.map if MAPS[s.map].nearest is MAPS[s.map].code else 'linear'].code  # v: by root
+    bend = MAPS[s.map if not MAPS[s.map].nearest else 'linear'].code  # v: by root
     y = normal(max(2, 2 ** 14 // len(all_levels)), 64) * s.top / 2      # some of it is clipped
     y = y.abs() if GRIDS[s.grid].low >= 0 else y
     y[0] = y[0] / s.top                                                 # and some is small

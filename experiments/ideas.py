@@ -25,7 +25,7 @@ from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, moments, p
 
 def direct_step(idea):
     """quant.direct_step, and in it an idea that changes what a step does to codes and m."""
-    def step(w, g, m, v, log_s, h, h_s, key):
+    def step(w, g, m, v, s_moments, h, h_s, key):
         h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
         g, q, m_old = h.clip * g.float(), levels(w), dequantize(m)      # (out, in) all
         if idea == 'estimated':
@@ -56,7 +56,7 @@ def direct_step(idea):
             m_new = m_new - left * unit / (h.lr * s.top)
 
         slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
-        m_s, v_s = log_s
+        m_s, v_s = s_moments
         m_s.lerp_(slope, 1 - h_s.beta1)
         v_s.lerp_(slope ** 2, 1 - h_s.beta2)
         r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
