@@ -1,110 +1,163 @@
 """
-GPT-2, or any other GPT2LMHeadModel of transformers, as a checkpoint for train.py:
+Folders of transformers, LlamaForCausalLM and GPT2LMHeadModel: a checkpoint out, a model in.
 
     pip install -r convert/requirements.txt
-    python -m convert.hf gpt2 out/gpt2/ckpt.pt      a name on the Hugging Face hub, or a folder
-    python data/text/prepare.py MY_TEXTS/ --vocab=out/gpt2/ckpt.pt --out=data/mine
+    python -m convert.hf out/ternary/ckpt.pt out/folder     [--type=bitnet]
+    python -m convert.hf gpt2 out/gpt2/ckpt.pt              a name on the hub, or a folder
+    python data/text/prepare.py MY_TEXTS/ --tokenizer=out/gpt2/ckpt.pt --out=data/mine
     python train.py out/gpt2/ckpt.pt config/gptq.py --dataset=mine
+
+Out go floats, float32 or --type=bfloat16. Packed, for flavour llama: --type=bitnet, ternary with a
+scale for each tensor, and --type=compressed-tensors, int4 or int8 with one for each row; both
+round activations to int8 a token.
 """
 import logging
-import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tiktoken_ext.openai_public import r50k_pat_str
 
-from config import fail, save
-from data.tokenizer import encoding, gpt2_tokenizer, tokenizer_dict
-from model import GPT
+from convert import PATTERNS, exported, imported, integers, main, tokenizer_of, words_of
+from data.tokenizer import encoding
+from quant import dequantize, levels
 from train import Config
 
-NEEDED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'scale_attn_weights': True,
-          'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+NAMES = {'llama': {
+    'wte': 'model.embed_tokens', 'ln_f': 'model.norm', 'lm_head': 'lm_head',
+    'attn.c_attn': ' '.join(f'model.layers.{{0}}.self_attn.{x}_proj' for x in 'qkv'),
+    'mlp.c_fc': 'model.layers.{0}.mlp.gate_proj model.layers.{0}.mlp.up_proj',
+    **{ours: f'model.layers.{{}}.{theirs}' for ours, theirs in (
+        ('ln_1', 'input_layernorm'), ('ln_2', 'post_attention_layernorm'),
+        ('attn.c_proj', 'self_attn.o_proj'), ('mlp.c_proj', 'mlp.down_proj'))}}, 'gpt2': {
+    'lm_head': 'lm_head', **{name: f'transformer.{name}' for name in ('wte', 'wpe', 'ln_f')},
+    **{name: f'transformer.h.{{}}.{name}' for name in (
+        'ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')}}}
+# theirs, by names that their configs share: ours; and what model.py takes for granted
+KEYS = {'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head',
+        'max_position_embeddings': 'block_size', 'tie_word_embeddings': 'tied'}
+KEYS = {'gpt2': KEYS | {'n_inner': 'hidden', 'layer_norm_epsilon': 'norm_eps'},
+        'llama': KEYS | {'intermediate_size': 'hidden', 'num_key_value_heads': 'n_kv_head',
+                         'rms_norm_eps': 'norm_eps'}}
+NEEDED = {'llama': {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False},
+          'gpt2': {'activation_function': 'gelu_new', 'scale_attn_weights': True,
+                   'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}}
+TYPES = 'float32', 'bfloat16', 'bitnet', 'compressed-tensors'
 
 
-def load_theirs(name):
-    """The GPT2LMHeadModel called `name`, and its tokenizer's dict. ValueError if not like ours."""
-    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
-    config = AutoConfig.from_pretrained(name)
-    for key, value in NEEDED.items():
-        if getattr(config, key, None) != value:
-            raise ValueError(f'its {key} is {getattr(config, key, None)}, and model.py has only '
-                             f'{value}')
-    tokenizer = to_tokenizer(AutoTokenizer.from_pretrained(name), config.vocab_size)
-    theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-    if info['missing_keys']:                    # transformers would draw them at random
-        raise ValueError(f"it has no weights {', '.join(sorted(info['missing_keys'])[:3])}")
-    return theirs, tokenizer
+def packed(name, q, kind):
+    """{name: tensor} of a weight as packed codes. ValueError where it is not of that kind."""
+    grid, base = integers(q), name.removesuffix('.weight')
+    if not grid or (q.spec.grid, q.spec.group) not in (
+            [('ternary', 'tensor')] if kind == 'bitnet' else [('int4', 'row'), ('int8', 'row')]):
+        raise ValueError(f'{name} is {q.spec or "in full precision"}, and not for --type={kind}')
+    codes = levels(q).int()
+    if kind == 'bitnet':                # a byte has codes of four rows, a quarter of all apart
+        four = (codes + 1).view(4, -1, codes.shape[1]) << 2 * torch.arange(4).view(-1, 1, 1)
+        return {name: four.sum(0).to(torch.uint8), f'{base}.weight_scale': 1 / q.scale.view(1)}
+    if grid.bits == 8:
+        return {name: codes.to(torch.int8), f'{name}_scale': q.scale}
+    words = ((codes + 8).view(len(codes), -1, 8) << 4 * torch.arange(8)).sum(-1)
+    return {f'{name}_packed': words.to(torch.int32), f'{name}_scale': q.scale,
+            f'{name}_shape': torch.tensor(codes.shape)}
 
 
-def to_tokenizer(theirs, vocab_size):
-    """The dict of data/tokenizer.py for a BPE of GPT-2's make: bytes, then merges in their order,
-    then special tokens. GPT-2's own where there is none, ValueError for others."""
-    vocab, special = theirs.get_vocab(), theirs.get_added_vocab()
-    if len(vocab) <= 256 and vocab_size == 50257:
-        return gpt2_tokenizer()
-    if len(vocab) > vocab_size:
-        raise ValueError(f'its tokenizer has {len(vocab)} tokens, and the model {vocab_size}')
-    # a character stands for a byte; those one could not see are the characters from 256 on
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    byte = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    ranks = sorted(vocab.keys() - special.keys(), key=vocab.get)
-    if byte.keys() <= vocab.keys() and all(byte.keys() >= set(token) for token in ranks):
-        ours = tokenizer_dict('gpt2', r50k_pat_str, [bytes(map(byte.get, t)) for t in ranks],
-                              *sorted(special, key=special.get))
-        # other patterns and orders exist; do both agree on this file, and on ça, 你好 and 🙂?
-        text = Path(__file__).read_text(encoding='utf-8')
-        ids = theirs.encode(text, add_special_tokens=False)
-        if ours['special'] == special and encoding(ours).encode_ordinary(text) == ids:
+def write(model, tokenizer, folder, kind='float32'):
+    """A checkpoint as a folder that AutoModelForCausalLM and AutoTokenizer load."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+    c, n, out, quantization = model.config, tokenizer['vocab_size'], {}, {}
+    llama, is_packed = c.flavour == 'llama', kind in TYPES[2:]
+    if not llama and (is_packed or c.n_kv_head not in (0, c.n_head)):
+        raise ValueError('flavour gpt2 goes out as floats, and without grouped heads')
+    dtype = torch.float32 if is_packed else getattr(torch, kind)
+    for name, q in exported(model, NAMES[c.flavour], n).items():
+        if is_packed and '_proj' in name:
+            out |= packed(name, q, kind)
+            bits = integers(q).bits
+        else:                           # linear layers of GPT-2 are (in, out) there
+            w = dequantize(q, dtype)
+            out[name] = (w.T if '.c_' in name and w.dim() > 1 else w).contiguous()
+    if kind == 'compressed-tensors':
+        codes = dict(type='int', symmetric=True, dynamic=False, strategy='channel', num_bits=bits)
+        tokens = codes | dict(num_bits=8, strategy='token', dynamic=True)
+        layout = {'format': 'int-quantized' if bits == 8 else 'pack-quantized'}
+        quantization = {'quantization_status': 'compressed', 'ignore': ['lm_head'], **layout,
+                        'config_groups': {'group_0': layout | {
+                            'targets': ['Linear'], 'weights': codes, 'input_activations': tokens}}}
+    if is_packed:
+        quantization = {'quantization_config': {'quant_method': kind, **quantization}}
+    end = min(tokenizer['special'].values(), default=0)
+    ours = vars(c) | {'hidden': model.h[0].mlp.c_proj.weight.shape[1], 'tied': 'lm_head.weight'
+                      not in out, 'n_kv_head': c.n_kv_head or c.n_head}
+    AutoConfig.for_model(
+        c.flavour, architectures=['LlamaForCausalLM' if llama else 'GPT2LMHeadModel'],
+        vocab_size=n, dtype=dtype, bos_token_id=end, eos_token_id=end, **NEEDED[c.flavour],
+        **{theirs: ours[key] for theirs, key in KEYS[c.flavour].items()}, **quantization,
+        **({'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta}} if llama
+           else {})).save_pretrained(folder)
+    save_file(out, f'{folder}/model.safetensors', metadata={'format': 'pt'})
+    write_tokenizer(tokenizer, folder)
+
+
+def write_tokenizer(tokenizer, folder):
+    """What AutoTokenizer needs, tokenizer.json and a file beside it."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words, merges = words_of(tokenizer)
+    special = [*tokenizer['special'], None][0]
+    out = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    out.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(tokenizer['pattern']), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    out.decoder = decoders.ByteLevel()
+    out.add_special_tokens([AddedToken(name, special=True) for name in tokenizer['special']])
+    PreTrainedTokenizerFast(tokenizer_object=out, clean_up_tokenization_spaces=False,
+                            bos_token=special, eos_token=special).save_pretrained(folder)
+
+
+def read(name):
+    """The checkpoint of a model of transformers. ValueError if it is not like ours."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    c = AutoConfig.from_pretrained(name)
+    flavour, rope = c.model_type, getattr(c, 'rope_parameters', None) or {'rope_type': 'default'}
+    if flavour not in NAMES:
+        raise ValueError(f'model.py has no {flavour}, only {" and ".join(NAMES)}')
+    for key, value in {**NEEDED[flavour], 'head_dim': c.hidden_size // c.num_attention_heads,
+                       'rope_type': 'default'}.items():
+        found = rope.get(key, getattr(c, key, None))
+        if found not in (None, value):
+            raise ValueError(f'its {key} is {found}, and model.py has only {value}')
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) > c.vocab_size:
+        raise ValueError(f'its tokenizer has {len(tokenizer)} tokens, the model {c.vocab_size}')
+    theirs, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    for key in sorted(info['missing_keys'] | info['unexpected_keys']):
+        # transformers would draw it at random, or leave it out
+        raise ValueError(f'its weights do not fit its config: {key}')
+    config = Config(flavour=flavour, bias=flavour == 'gpt2', dataset='openwebtext',
+                    rope_theta=float(rope.get('rope_theta', Config.rope_theta)),
+                    **{ours: getattr(c, key) or type(getattr(Config, ours))()
+                       for key, ours in KEYS[flavour].items()})
+    weights = {key: w.T if '.c_' in key and w.dim() > 1 else w
+               for key, w in theirs.state_dict().items()
+               if not (config.tied and key == 'lm_head.weight')}
+    return imported(config, read_tokenizer(tokenizer), NAMES[flavour], weights)
+
+
+def read_tokenizer(theirs):
+    """The dict of a tokenizer of transformers, if it is byte-level BPE and cuts text in a way that
+    is known: both agree then on this file, and on ça, 你好, it's 1234 and 🙂\t."""
+    vocab, text = theirs.get_vocab(), Path(__file__).read_text(encoding='utf-8')
+    words = sorted(vocab, key=vocab.get)
+    for pattern in PATTERNS.values() if [*range(len(words))] == sorted(vocab.values()) else ():
+        ours = tokenizer_of(words, theirs.get_added_vocab(), pattern)
+        if encoding(ours).encode_ordinary(text) == theirs.encode(text, add_special_tokens=False):
             return ours
-    raise ValueError("it has no tokenizer, or not one of GPT-2's make")
+    raise ValueError("it has no tokenizer, or not one of GPT-2's make that cuts text as "
+                     f'{", ".join(PATTERNS)} do')
 
 
-@torch.no_grad()
-def convert(theirs, tokenizer):
-    """The checkpoint of a GPT2LMHeadModel, as train.py writes them."""
-    c, n = theirs.config, tokenizer['vocab_size']
-    config = Config(flavour='gpt2', bias=True, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-                    hidden=c.n_inner or 0, block_size=c.n_positions, dataset='openwebtext',
-                    norm_eps=c.layer_norm_epsilon, tied=c.tie_word_embeddings)
-    weights, have = GPT(config, -(-n // 64) * 64).state_dict(), theirs.state_dict()
-    for key, w in weights.items():
-        t = have[key if key == 'lm_head.weight' else f'transformer.{key}'].float()
-        if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-            t = t.T                                         # stored as (in, out)
-        if key in ('wte.weight', 'lm_head.weight'):         # (n, C), ours is padded
-            # GPT-2's logits lie far below 0, where padding would win. The mean row's logit is
-            # their mean, and e^mean is at most the mean of e^logit, so it gets next to nothing
-            t = t[:n]
-            w[n:] = t.mean(0)
-        w[:len(t)] = t
-    return {'config': asdict(config), 'sha256': '', 'tokenizer': tokenizer, 'iter': 0, 'tokens': 0,
-            'seconds': 0.0, 'losses': [], 'model': weights, 'optimizer': None}
-
-
-def main(argv):
-    if len(argv) != 2 or argv[0].startswith('-'):
-        fail('give a model and a file to write: python -m convert.hf gpt2 out/gpt2/ckpt.pt')
-    name, path = argv
-    if os.path.exists(path):
-        fail(f'{path} exists: write to another file, or remove it')
-    try:
-        theirs, tokenizer = load_theirs(name)
-        checkpoint = convert(theirs, tokenizer)
-    except ImportError as e:
-        fail(f'{e}; pip install -r convert/requirements.txt')
-    except Exception as e:      # damaged files, no network, ..: it may raise anything at all
-        fail(f'cannot convert {name}: {e}')
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    save(path, checkpoint)
-    size = sum(p.numel() for p in theirs.parameters())
-    print(f'{path}: {size / 1e6:.2f}M parameters; evaluate it, on data in its tokens: python '
-          f'train.py {path} --eval_only=True --dataset=..')
-
-
+COMMAND = 'convert.hf out/ternary/ckpt.pt out/folder', TYPES, write, read
 if __name__ == '__main__':
     logging.disable(logging.WARNING)            # transformers warns of what is checked here
-    main(sys.argv[1:])
+    main(sys.argv[1:], *COMMAND)

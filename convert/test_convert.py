@@ -1,69 +1,166 @@
 """
-A model of transformers is the same function here, or is refused in a line.
+Models that come in or go out are the same function there and here, or are refused in a line.
 
+    pip install -r convert/requirements.txt
     python -m pytest -q convert
 """
 import json
 import math
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
-from convert import hf
-from data.tokenizer import encoding
+import convert
+from config import save
+from convert import gguf, hf
+from data.tokenizer import encoding, make_tokenizer
 from model import GPT
+from quant import levels, rtn_
 from train import Config
 
+TEXTS = [path.read_text(encoding='utf-8') for path in sorted(Path('.').glob('**/*.py'))[:20]]
+SHAPES = {'llama': dict(n_head=6, n_kv_head=2, n_embd=192, hidden=256, norm_eps=1e-3),
+          'untied': dict(n_head=2, n_embd=256, hidden=256, tied=False, rope_theta=500.),
+          'gpt2': dict(flavour='gpt2', n_head=2, n_embd=64, hidden=96, norm_eps=1e-3),
+          'biases': dict(flavour='gpt2', n_head=2, n_embd=256, hidden=256, bias=True)}
 
-@pytest.fixture
-def theirs(tmp_path):
-    """A random GPT2LMHeadModel with a tokenizer of a few merges, in a folder; (model, folder)."""
-    transformers = pytest.importorskip('transformers')
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    merges = ['t h', 'th e', 'i n', 'Ġ the', 'r e', 'e r']
-    words = [*bytes_to_unicode().values(), *(m.replace(' ', '') for m in merges), '<|endoftext|>']
-    vocab = {word: i for i, word in enumerate(words)}
-    (tmp_path / 'vocab.json').write_text(json.dumps(vocab), encoding='utf-8')
-    (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]), encoding='utf-8')
+
+def make(path, **keys):
+    """A checkpoint of a small random model that does something, with a tokenizer; the model."""
+    config = Config(n_layer=2, block_size=64, **keys)
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=len(vocab), n_positions=32, n_embd=64, n_layer=2, n_head=2, n_inner=96,
-        layer_norm_epsilon=1e-3, bos_token_id=262, eos_token_id=262)).eval()
-    for p in model.parameters():                # biases and gains that do something
-        p.data += 0.02 * torch.randn_like(p)
-    model.save_pretrained(tmp_path)
-    return model, tmp_path
+    model = GPT(config, 512).eval()
+    for p in model.parameters():
+        p.data += 0.03 * torch.randn_like(p)
+    rtn_(model, config.stored)
+    save(str(path), {'config': asdict(config), 'sha256': '', 'iter': 0, 'tokens': 0, 'seconds': 0.0,
+                'tokenizer': make_tokenizer(500, ''.join(TEXTS)), 'losses': [],
+                'model': model.state_dict(), 'optimizer': None})
+    return model
 
 
-def test_a_gpt2_of_transformers_is_the_same_function_here(theirs, tmp_path):
-    theirs, folder = theirs
-    hf.main([str(folder), str(tmp_path / 'ckpt.pt')])
-    found = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    ours = GPT(Config(**found['config']), 320)                          # 263, a multiple of 64
-    ours.load_state_dict(found['model'])
-    x = torch.randint(263, (2, 32), generator=torch.Generator().manual_seed(1))
-    logits = ours.eval()(x)
-    assert torch.allclose(logits[..., :263], theirs(x).logits, atol=1e-4)
+def logits(model, n=500):
+    x = torch.randint(n, (1, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = model(x)
+    return getattr(out, 'logits', out)[0, :, :n].float()
+
+
+def divergence(ours, theirs):
+    """Mean KL of the softmax of theirs from that of ours."""
+    a, b = ours.log_softmax(-1), torch.as_tensor(theirs).log_softmax(-1)
+    return (a.exp() * (a - b)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_transformers_out_and_in(name, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    model = make(tmp_path / 'ckpt.pt', **SHAPES[name])
+    hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'theirs')], *hf.COMMAND)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'theirs')
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'theirs')
+    hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'back.pt')], *hf.COMMAND)
+    back, ours = convert.read_checkpoint(str(tmp_path / 'back.pt'))
+    assert torch.equal(logits(back), logits(model)) and encoding(ours).n_vocab == 500
+    for text in (*TEXTS, "ça, 你好, it's 1234\t🙂  \n\n x"):
+        ids = encoding(ours).encode_ordinary(text)
+        assert ids == tokenizer.encode(text) and tokenizer.decode(ids) == text
     # padding: e^logit is no more than the mean of the others', by Jensen
-    mean = logits[..., :263].logsumexp(-1, keepdim=True) - math.log(263)
-    assert (logits[..., 263:] <= mean + 1e-5).all()
-    assert encoding(found['tokenizer']).encode_ordinary('rein the') == [260, 258, 259]
-    assert found['tokenizer']['special'] == {'<|endoftext|>': 262}
+    all_of_them = back(torch.zeros(1, 1, dtype=torch.long))[0, 0]
+    mean = all_of_them[:500].logsumexp(-1) - math.log(500)
+    assert (all_of_them[500:] <= mean + 1e-5).all()
 
 
-@pytest.mark.parametrize('file, change, says', [
-    *(('config.json', lambda text, new=new: json.dumps(json.loads(text) | new), says)
-      for new, says in (({'activation_function': 'relu'}, 'function is relu'),
-                        ({'n_layer': 3}, 'no weights'), ({'model_type': 'gpt_neo'}, 'gpt_neo'),
-                        ({'scale_attn_by_inverse_layer_idx': True}, 'inverse_layer'),
-                        ({'vocab_size': 200}, '263 tokens'))),
-    ('merges.txt', lambda text: '\n'.join(text.split('\n')[::-1]), 'no tokenizer')])
-def test_a_model_of_transformers_that_is_not_like_ours(file, change, says, theirs, tmp_path):
-    _, folder = theirs
-    path = folder / file
+@pytest.mark.parametrize('kind, keys', [
+    ('bitnet', dict(weights='ternary/tensor/absmean')), ('bitnet', dict(stored='ternary')),
+    ('compressed-tensors', dict(stored='int8/row')), ('compressed-tensors', dict(stored='int4/row'))])
+def test_packed_for_transformers(kind, keys, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    kind == 'bitnet' or pytest.importorskip('compressed_tensors')
+    model = make(tmp_path / 'ckpt.pt', **SHAPES['llama'], activations='int8/row', **keys)
+    hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'out'), f'--type={kind}'], *hf.COMMAND)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
+    # both round activations to int8 a token, but not always a tie or a scale alike
+    assert divergence(logits(model), logits(theirs)) < 1e-3
+    with pytest.raises(SystemExit, match='not for --type'):
+        other = 'bitnet' if kind != 'bitnet' else 'compressed-tensors'
+        hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x'), f'--type={other}'], *hf.COMMAND)
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('name', SHAPES)
+@pytest.mark.parametrize('kind', ['F32', 'F16'])
+def test_gguf_out_and_in(name, kind, tmp_path):
+    pytest.importorskip('gguf')
+    model = make(tmp_path / 'ckpt.pt', **SHAPES[name])
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf'), f'--type={kind}'],
+              *gguf.COMMAND)
+    gguf.main([str(tmp_path / 'x.gguf'), str(tmp_path / 'back.pt')], *gguf.COMMAND)
+    back, ours = convert.read_checkpoint(str(tmp_path / 'back.pt'))
+    assert divergence(logits(model), logits(back)) <= (1e-6 if kind == 'F16' else 1e-9)
+    assert ours == make_tokenizer(500, ''.join(TEXTS))
+
+
+@pytest.mark.parametrize('how, kind', [
+    ('ternary/row/absmean', 'TQ2_0'), ('ternary', 'TQ1_0'), ('int4/32', 'Q4_0'), ('int3/row', 'Q4_0'),
+    ('int8/64', 'Q8_0'), ('int5', 'Q8_0'), ('ternary/256', 'TQ2_0'), ('int2/row', 'Q4_0')])
+def test_codes_in_gguf_are_exact(how, kind, tmp_path):
+    library = pytest.importorskip('gguf')
+    model = make(tmp_path / 'ckpt.pt', **SHAPES['untied'], stored=how)
+    flags = ['--type=TQ1_0'] * (kind == 'TQ1_0')
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf'), *flags], *gguf.COMMAND)
+    found = {t.name: t for t in library.GGUFReader(tmp_path / 'x.gguf').tensors}
+    t, q = found['blk.1.ffn_down.weight'], model.h[1].mlp.c_proj.stored_weight()
+    assert t.tensor_type.name == kind
+    w = torch.tensor(library.quants.dequantize(t.data, t.tensor_type))
+    step = q.scale.half().float().reshape(len(q.scale), -1).expand(256, -1)
+    assert torch.equal(w, levels(q) * step.repeat_interleave(256 // step.shape[1], 1))
+
+
+@pytest.mark.parametrize('keys, kind, most', [
+    (dict(stored='ternary/row/absmean'), '', 3e-4), (dict(weights='ternary/tensor/absmean'), '', 3e-4),
+    (dict(stored='int4/row'), '', 3e-4), (dict(weights='int8/row'), '', 3e-4),
+    (dict(stored='ternary/row/absmean'), 'F16', 1e-6), (dict(), '', 1e-6)])
+@pytest.mark.parametrize('name', ['untied', 'biases'])
+def test_llama_cpp_runs_it(name, keys, kind, most, tmp_path):
+    pytest.importorskip('xllamacpp')
+    from experiments.llamacpp import Model
+    model = make(tmp_path / 'ckpt.pt', **SHAPES[name], **keys)
+    flags = [f'--type={kind}'] * bool(kind)
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf'), *flags], *gguf.COMMAND)
+    theirs, x = Model(tmp_path / 'x.gguf', 64), torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(1))
+    assert divergence(logits(model), theirs.logits(x[0].tolist())) <= most
+    enc = encoding(make_tokenizer(500, ''.join(TEXTS)))
+    for text in TEXTS:
+        ids = enc.encode_ordinary(text)
+        assert ids == theirs.encode(text) and theirs.decode(ids) == text.encode()
+
+
+def change_config(**new):
+    return lambda text: json.dumps(json.loads(text) | new)
+
+
+@pytest.mark.parametrize('name, file, change, says', [
+    ('gpt2', 'config.json', change_config(activation_function='relu'), 'function is relu'),
+    ('gpt2', 'config.json', change_config(n_layer=3), 'do not fit'),
+    ('gpt2', 'config.json', change_config(model_type='gpt_neo'), 'no gpt_neo'),
+    ('gpt2', 'config.json', change_config(scale_attn_by_inverse_layer_idx=True), 'inverse_layer'),
+    ('gpt2', 'config.json', change_config(vocab_size=200), '500 tokens'),
+    ('untied', 'config.json', change_config(hidden_act='gelu'), 'hidden_act is gelu'),
+    ('untied', 'config.json', change_config(rope_scaling={'rope_type': 'linear', 'factor': 2.}), 'rope'),
+    ('untied', 'config.json', change_config(num_hidden_layers=1), 'model.layers.1'),
+    ('gpt2', 'tokenizer.json', lambda text: text.replace('L}+', 'L}{1,2}'), 'no tokenizer')])
+def test_a_model_of_transformers_that_is_not_like_ours(name, file, change, says, tmp_path):
+    pytest.importorskip('transformers')
+    make(tmp_path / 'ckpt.pt', **SHAPES[name])
+    hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'theirs')], *hf.COMMAND)
+    path = tmp_path / 'theirs' / file
     path.write_text(change(path.read_text(encoding='utf-8')), encoding='utf-8')
     with pytest.raises(SystemExit, match=says):
-        hf.main([str(folder), str(tmp_path / 'ckpt.pt')])
-    assert not (tmp_path / 'ckpt.pt').exists()
+        hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'back.pt')], *hf.COMMAND)
+    assert not (tmp_path / 'back.pt').exists()
     with pytest.raises(SystemExit, match='exists'):
-        hf.main([str(folder), str(path)])
+        hf.main([str(tmp_path / 'theirs'), str(path)], *hf.COMMAND)

@@ -112,18 +112,18 @@ def tokens_dtype(vocab_size):
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
-def prepare(out_dir, name, documents, vocab, limit=math.inf):
+def prepare(out_dir, name, documents, which, limit=math.inf):
     """
     Write a dataset into `out_dir`, print a summary and return its meta. SystemExit if it cannot.
 
-    `documents` is a list of ('train' or 'val', text); with a `vocab`, see make_tokenizer, that has
-    nothing to learn from them, it may be any iterable and is never held in memory. Stops after the
-    document that reaches `limit` tokens.
+    `documents` is a list of ('train' or 'val', text); where the tokenizer, `which` of those of
+    make_tokenizer, has nothing to learn from them, it may be any iterable and is never held in
+    memory. Stops after the document that reaches `limit` tokens.
     """
     start = time.perf_counter()
-    learns = str(vocab).isdecimal()
+    learns = str(which).isdecimal()
     train = (text for split, text in documents if split == 'train') if learns else ()
-    tokenizer = make_tokenizer(vocab, ''.join(train))
+    tokenizer = make_tokenizer(which, ''.join(train))
     try:
         meta = write(Path(out_dir), name, tokenizer, documents, limit)
     except OSError as error:  # a full disk, a folder we may not write to, a connection that broke
@@ -245,7 +245,7 @@ def check_meta(meta):
             raise ValueError(f'{key} = {meta[key]!r} in meta.json')
     # tiktoken does not survive every damaged tokenizer: look before it does
     n, ranks = len(meta['ranks']), set(meta['ranks'])
-    ids = [*range(n), *sorted(meta['special'].values())]
+    ids = sorted({*range(n), *meta['special'].values()})
     ratio = meta['val_bytes'] / meta['val_tokens'] / meta['bytes_per_token']
     if len(ranks) < n or ids != [*range(meta['vocab_size'])] or abs(ratio - 1) > 1e-6 or \
             not ranks >= {chr(byte) for byte in range(256)} or not meta['pattern'] or \
@@ -302,8 +302,8 @@ def sequence_starts(config, n_tokens):
 # command line
 
 
-def arguments(doc, script, vocab=None):
-    """An argument parser explained by `doc`, with --out and, given its default, --vocab."""
+def arguments(doc, script, tokenizer=None):
+    """An argument parser explained by `doc`, with --out and, given its default, --tokenizer."""
     sys.stdout.reconfigure(errors='replace')  # a console need not know every character of a path
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -311,8 +311,8 @@ def arguments(doc, script, vocab=None):
     parser.error = lambda message: parser.exit(2, f'{script}: {message} (see --help)\n')
     parser.add_argument('--out', default=os.path.dirname(os.path.abspath(script)),
                         help='folder of the dataset (default: the one of this script)')
-    if vocab:
-        parser.add_argument('--vocab', default=vocab,
+    if tokenizer:
+        parser.add_argument('--tokenizer', default=tokenizer,
                             help='256: bytes; more: a BPE of that many tokens; gpt2; or the path '
-                                 f'of a checkpoint, whose tokens to use (default: {vocab})')
+                                 f'of a checkpoint, whose tokens to use (default: {tokenizer})')
     return parser

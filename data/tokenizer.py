@@ -7,11 +7,12 @@ of tokens in the order of their birth, the "ranks", is the whole tokenizer: to e
 the pair of lowest rank until none is left. We train the ranks, tiktoken applies them.
 
 A tokenizer is a dict, and is stored so in meta.json:
-  tokenizer   'bytes', 'bpe' or 'gpt2': GPT-2's, or one of its make from convert/hf.py
+  tokenizer   'bytes', 'bpe' or 'gpt2': GPT-2's, or another with its pattern, from convert/
   vocab_size  number of ids: the ranks, then the special tokens
   pattern     regular expression that cuts text into words; no token crosses a cut
   ranks       tokens in order, as strings of one character per byte (latin-1: lossless, readable)
-  special     {name: id} of tokens that no text encodes to; empty for bytes
+  special     {name: id} of tokens that no text encodes to; empty for bytes. The first ends a
+              document. Of other people's some stand among the ranks, whose place they take
 """
 import heapq
 import threading
@@ -25,13 +26,13 @@ EOT = '<|endoftext|>'  # ends every document
 MAX_BYTES = 16         # of a token; costs 0.5 % of compression, long runs of spaces trip engines
 MAX_WORD = 256         # the trainer looks at no more of a word: a file of base64 is one huge word
 
-# GPT-4's idea of a word, bent towards source code: a newline takes the indentation after it, so
-# that the first word of a line is the same token at any depth. {1,256}: with a plain + a million
-# spaces overflow the stack of tiktoken's regular expressions
+# what llama.cpp and others call qwen2, so that text gives the same ids there. {1,256} is ours: with
+# a plain + a million spaces overflow the stack of tiktoken's regular expressions
 PATTERN = (
-    r'[^\r\n\p{L}\p{N}]?\p{L}+'             # letters after one space or sign: 'if', ' if', '.join'
-    r'|\p{N}{1,3}'                          # up to three digits
-    r'| ?[^\s\p{L}\p{N}]+(?:\n\s*)?|\n\s*'  # signs and line ends: ' +=', '):\n        '
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r'|[^\r\n\p{L}\p{N}]?\p{L}+'             # letters after one space or sign: 'if', ' if', '.join'
+    r'|\p{N}'                               # a digit
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+'  # signs and line ends: ' +=', '):\n'
     r'|\s{1,256}(?!\S)|\s+'                 # spaces, all but the last, which starts the next word
 )
 
@@ -94,22 +95,22 @@ def merge(word, token):
     return out
 
 
-def make_tokenizer(vocab, text=''):
+def make_tokenizer(which, text=''):
     """
-    The tokenizer dict for `vocab`: 256 is plain bytes, a larger number is a BPE trained on `text`
+    The tokenizer dict for `which`: 256 is plain bytes, a larger number is a BPE trained on `text`
     of that many ids, the last of them EOT, 'gpt2' is GPT-2's, and the path of a checkpoint is the
     one that it was trained with. SystemExit says what is wrong.
     """
-    if vocab == 'gpt2':
+    if which == 'gpt2':
         return gpt2_tokenizer()
-    if str(vocab).endswith('.pt'):
-        return checkpoint_tokenizer(vocab)
-    if not str(vocab).isdecimal() or not 256 <= int(vocab) <= 2**20:
-        raise SystemExit(f'--vocab={vocab}: give 256 (bytes), 257 to {2**20} (BPE), gpt2, or the '
-                         'path of a checkpoint')
-    if int(vocab) == 256:
+    if str(which).endswith('.pt'):
+        return checkpoint_tokenizer(which)
+    if not str(which).isdecimal() or not 256 <= int(which) <= 2**20:
+        raise SystemExit(f'--tokenizer={which}: give 256 (bytes), 257 to {2**20} (BPE), gpt2, or '
+                         'the path of a checkpoint')
+    if int(which) == 256:
         return tokenizer_dict('bytes', r'[\s\S]', [bytes([byte]) for byte in range(256)])
-    return tokenizer_dict('bpe', PATTERN, train_bpe(text, int(vocab) - 1), EOT)
+    return tokenizer_dict('bpe', PATTERN, train_bpe(text, int(which) - 1), EOT)
 
 
 def tokenizer_dict(kind, pattern, ranks, *special):
@@ -130,7 +131,7 @@ def checkpoint_tokenizer(path):
         encoding(tokenizer)
         return tokenizer
     except Exception as error:  # a damaged or foreign file raises anything at all
-        raise SystemExit(f'--vocab={path}: not a checkpoint of train.py ({error!r})') from None
+        raise SystemExit(f'--tokenizer={path}: not a checkpoint of train.py ({error!r})') from None
 
 
 def gpt2_tokenizer(timeout=60):

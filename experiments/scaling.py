@@ -574,12 +574,12 @@ def train_all(options, held):
     sweep = SWEEPS[options.size]
     data, most = sweep['data'], int(2 ** 20 * max(sweep['D']))
     if options.size == 'cpu' and not os.path.exists(f'{data}/meta.json'):
-        subprocess.run([sys.executable, 'data/python/prepare.py', '--vocab=256', f'--out={data}'],
+        subprocess.run([sys.executable, 'data/python/prepare.py', '--tokenizer=256', f'--out={data}'],
                        check=True)
     bytes_there = os.path.getsize(f'{data}/train.bin') // 2 if os.path.exists(data) else 0
     if bytes_there < most:
         raise SystemExit(f'{data} has {bytes_there} bytes to train on, fewer than the {most} of '
-                         'the longest run: python data/text/prepare.py FOLDER --vocab=256 '
+                         'the longest run: python data/text/prepare.py FOLDER --tokenizer=256 '
                          f'--out={data}')
     jobs = [job for job, point in jobs_of(options.size) if point['held'] == held]
     run_all(paths(options.size)[0], jobs, options.jobs, run=measure)

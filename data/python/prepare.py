@@ -1,7 +1,7 @@
 """
 The standard library of the Python that runs this: 8 MB of source code, no download.
 
-    python data/python/prepare.py [--vocab=1024] [--out=data/python]
+    python data/python/prepare.py [--tokenizer=1024] [--out=data/python]
 
 Versions of Python differ, and so do the losses on them: data/sympy is the same on every machine.
 """
@@ -19,13 +19,13 @@ SKIP = ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'encod
 
 
 def main():
-    args = arguments(__doc__, __file__, vocab='1024').parse_args()
+    args = arguments(__doc__, __file__, tokenizer='1024').parse_args()
     stdlib = sysconfig.get_path('stdlib')
     files = read_files(stdlib, '*.py', SKIP)
     if len(files) < 100:
         raise SystemExit(f'{stdlib}: this Python comes without its source code; use another one, '
                          'or data/sympy/prepare.py')
-    prepare(args.out, 'python', split_files(files), args.vocab)
+    prepare(args.out, 'python', split_files(files), args.tokenizer)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ Tiny Shakespeare, character by character: 1.1 MB, downloaded once, split 90/10 a
     python data/shakespeare_char/prepare.py
 
 The text is ASCII, so a character is a byte and the vocabulary is simply the 256 bytes, of which 65
-occur; losses per token compare with nanoGPT's. --vocab=gpt2 is nanoGPT's data/shakespeare.
+occur; losses per token compare with nanoGPT's. --tokenizer=gpt2 is nanoGPT's data/shakespeare.
 """
 import http.client
 import os
@@ -31,14 +31,14 @@ def download(path):
 
 
 def main():
-    args = arguments(__doc__, __file__, vocab='256').parse_args()
+    args = arguments(__doc__, __file__, tokenizer='256').parse_args()
     path = Path(__file__).resolve().with_name('input.txt')
     if not path.exists():
         download(path)
     text = read_text(path)
     if not text:
         raise SystemExit(f'{path}: empty or not UTF-8; delete it and run this again')
-    prepare(args.out, 'shakespeare_char', split_files([(path.name, text)]), args.vocab)
+    prepare(args.out, 'shakespeare_char', split_files([(path.name, text)]), args.tokenizer)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """
 Your own text: files, or folders with everything below them that is UTF-8.
 
-    python data/text/prepare.py FILE_OR_FOLDER ... [--vocab=1024] [--out=data/mine]
+    python data/text/prepare.py FILE_OR_FOLDER ... [--tokenizer=1024] [--out=data/mine]
     python train.py --dataset=mine
 
 A file is a document. One in ten goes to val; of a few files, the last tenth of each.
@@ -16,7 +16,7 @@ SKIP = ('.*', '__pycache__', '*.bin', 'meta.json')  # hidden, built, and what we
 
 
 def main():
-    parser = arguments(__doc__, __file__, vocab='1024')
+    parser = arguments(__doc__, __file__, tokenizer='1024')
     parser.add_argument('paths', nargs='+', metavar='FILE_OR_FOLDER')
     args = parser.parse_args()
     files = []
@@ -25,7 +25,7 @@ def main():
         if not any(text for _, text in found):
             raise SystemExit(f'{path}: no UTF-8 text here')
         files += found
-    prepare(args.out, Path(args.out).resolve().name, split_files(files), args.vocab)
+    prepare(args.out, Path(args.out).resolve().name, split_files(files), args.tokenizer)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,124 @@
+"""
+GGUF files, which llama.cpp and its kin run: a checkpoint out, a model in.
+
+    pip install -r convert/requirements.txt
+    python -m convert.gguf out/ternary/ckpt.pt ternary.gguf     [--type=TQ1_0, F16, ..]
+    python -m convert.gguf MODEL.gguf out/model/ckpt.pt         of architecture llama or gpt2
+
+Codes go out as they are, the scale of a group as that of each of its blocks, in float16: ternary
+as TQ2_0, integers of 2 to 4 bits as Q4_0, of 5 to 8 as Q8_0. What none of these holds is F16.
+"""
+import os
+import sys
+
+import numpy as np
+import torch
+
+from convert import PATTERNS, exported, imported, integers, main, tokenizer_of, words_of
+from quant import dequantize, levels
+from train import Config
+
+NAMES = {'wte': 'token_embd', 'ln_f': 'output_norm', 'lm_head': 'output',
+         'ln_1': 'blk.{}.attn_norm', 'attn.c_proj': 'blk.{}.attn_output',
+         'ln_2': 'blk.{}.ffn_norm', 'mlp.c_proj': 'blk.{}.ffn_down'}
+NAMES = {'llama': {**NAMES, 'attn.c_attn': 'blk.{0}.attn_q blk.{0}.attn_k blk.{0}.attn_v',
+                   'mlp.c_fc': 'blk.{0}.ffn_gate blk.{0}.ffn_up'},
+         'gpt2': {**NAMES, 'wpe': 'position_embd', 'attn.c_attn': 'blk.{}.attn_qkv',
+                  'mlp.c_fc': 'blk.{}.ffn_up'}}
+# types of integers: weights in a block, their least and greatest code
+BLOCKS = {'TQ2_0': (256, -1, 1), 'TQ1_0': (256, -1, 1), 'Q4_0': (32, -8, 7),
+          'Q8_0': (32, -128, 127)}
+FLOATS = {'F16': np.float16, 'F32': np.float32}
+
+
+def blocks(q, kind):
+    """The bytes of a QTensor (out, in) in a type of integers, (out, bytes); None if they do not fit
+    in."""
+    import gguf
+    grid, (size, low, high) = integers(q), BLOCKS[kind]
+    group = q.spec.group if grid and isinstance(q.spec.group, int) else 0
+    if not grid or grid.low < low or grid.high > high or group % size or q.codes.dim() < 2:
+        return None
+    codes = levels(q)
+    n, width = codes.shape
+    if width % size:
+        return None
+    # d, the scale of each block, beside its codes
+    d = q.scale.reshape(len(q.scale), -1, 1).repeat_interleave(group // size or 1, 1).numpy()
+    d = np.broadcast_to(d, (n, width // size, 1)).astype(np.float16)
+    codes = codes.view(n, -1, size).numpy()
+    if kind[0] == 'T':                  # its d is the greatest |w| of a block, and that our scale
+        w = (codes * d.astype(np.float32)).reshape(n, width)
+        return gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind])
+    data = codes.astype(np.int8).view(np.uint8)
+    if kind == 'Q4_0':
+        data = data + np.uint8(8)
+        data = data[..., :16] | data[..., 16:] << 4
+    return np.concatenate((d.view(np.uint8), data), -1).reshape(n, -1)
+
+
+def write(model, tokenizer, path, choice=''):
+    """A checkpoint as a GGUF file: `choice` of the types, or the least that holds the codes."""
+    import gguf
+    c, n, special = model.config, tokenizer['vocab_size'], tokenizer['special'].values()
+    pre = {pattern: name for name, pattern in PATTERNS.items()}.get(tokenizer['pattern'])
+    pre = 'gpt-2' if tokenizer['tokenizer'] == 'bytes' else pre         # nothing merges
+    if not pre:
+        raise ValueError('llama.cpp cuts no text as its tokenizer does; prepare the data anew')
+    out, (words, merges) = gguf.GGUFWriter(path + '.tmp', c.flavour), words_of(tokenizer)
+    llama = {'layer_norm_rms_eps': c.norm_eps, 'rope_freq_base': c.rope_theta,
+             'rope_dimension_count': c.n_embd // c.n_head}
+    for key, value in {
+            'context_length': c.block_size, 'embedding_length': c.n_embd, 'block_count': c.n_layer,
+            'feed_forward_length': model.h[0].mlp.c_proj.weight.shape[1],
+            'head_count': c.n_head, 'head_count_kv': c.n_kv_head or c.n_head, 'vocab_size': n,
+            **(llama if c.flavour == 'llama' else {'layer_norm_eps': c.norm_eps}),
+            'tokenizer_model': 'gpt2', 'tokenizer_pre': pre, 'token_list': words,
+            'token_types': [3 if i in special else 1 for i in range(n)],        # control, normal
+            'token_merges': list(map(' '.join, merges)) or ['ÿ ÿ'], 'add_bos_token': False,
+            'bos_token_id': min(special, default=0), 'eos_token_id': min(special, default=0),
+    }.items():
+        getattr(out, f'add_{key}')(value)
+    kinds = (choice or 'TQ2_0', 'Q4_0', 'Q8_0') if choice not in FLOATS else ()
+    for name, q in exported(model, NAMES[c.flavour], n).items():
+        for kind in kinds:
+            if (data := blocks(q, kind)) is not None:
+                out.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+                break
+        else:
+            w = dequantize(q).numpy()
+            out.add_tensor(name, w.astype(FLOATS.get(choice, np.float16)) if w.ndim > 1 else w)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    os.replace(path + '.tmp', path)
+
+
+def read(path):
+    """The checkpoint of a GGUF file. ValueError for a model that is not like ours."""
+    import gguf
+    file = gguf.GGUFReader(path)
+    meta = {key: field.contents() for key, field in file.fields.items()}
+    flavour, pre = meta['general.architecture'], meta.get('tokenizer.ggml.pre')
+    get = lambda key, default=None: meta.get(f'{flavour}.{key}', default)
+    if flavour not in NAMES or pre not in PATTERNS or get('rope.scaling.type', 'none') != 'none':
+        raise ValueError(f'model.py has {", ".join(NAMES)}, with plain rope, and the tokenizers '
+                         f'{", ".join(PATTERNS)}; this is {flavour} with {pre}')
+    theirs = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+              for t in file.tensors}
+    config = Config(
+        flavour=flavour, n_layer=get('block_count'), n_head=get('attention.head_count'),
+        n_kv_head=get('attention.head_count_kv', 0), n_embd=get('embedding_length'),
+        hidden=get('feed_forward_length'), block_size=get('context_length'),
+        norm_eps=get('attention.layer_norm_rms_epsilon', get('attention.layer_norm_epsilon')),
+        rope_theta=get('rope.freq_base', 10000.0), tied='output.weight' not in theirs,
+        bias=flavour == 'gpt2')
+    words, kinds = meta['tokenizer.ggml.tokens'], meta['tokenizer.ggml.token_type']
+    special = {word: i for i, (word, kind) in enumerate(zip(words, kinds)) if kind != 1}
+    return imported(config, tokenizer_of(words, special, PATTERNS[pre]), NAMES[flavour], theirs)
+
+
+COMMAND = 'convert.gguf out/ternary/ckpt.pt ternary.gguf', (*BLOCKS, *FLOATS), write, read
+if __name__ == '__main__':
+    main(sys.argv[1:], *COMMAND)
