@@ -8,15 +8,16 @@ A GPT in two flavours, chosen by `config.flavour`:
 Keys and values may have fewer heads than queries (`n_kv_head`: grouped-query attention, Ainslie et
 al., arXiv 2305.13245), and the head is tied to the embedding or not (`tied`). All that this file
 knows of quantization is `Linear`, whose `how` says what it quantizes, and the cache of keys and
-values. `config` is any object with the attributes of train.Config that are named here.
+values. `config` has the attributes of train.Config that are named here.
 """
 import math
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import (MATMULS, How, KVCache, Linear, QTensor, fake_quant, inductor, matmul,
+from quant import (MATMULS, How, KVCache, Linear, QTensor, fake_quant, inductor, linears, matmul,
                    matmul_backward, noise_key, operands, spec)
 
 
@@ -78,8 +79,8 @@ class Attention(nn.Module):
         # a query at t sees the keys up to t; with a cache there are more keys than queries
         S, dropout = k.shape[2], self.dropout if self.training else 0.0
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        if x.device.type == 'cpu' and x.dtype == torch.bfloat16 and T == S:
-            # there the fused attention is slower than these matmuls
+        if x.device.type == 'cpu' and x.dtype == torch.bfloat16 and T == S and q.requires_grad:
+            # there the backward of the fused attention is slower than these matmuls
             p = (q @ k.mT).float().masked_fill(~mask, -math.inf) * q.shape[-1] ** -0.5
             y = F.dropout(p.softmax(-1).to(v.dtype), dropout) @ v
         else:
@@ -193,9 +194,8 @@ class GPT(nn.Module):
             raise ValueError('flavour llama has no bias and heads of an even size')
         self.config, self.block_size, self.dtype = config, config.block_size, torch.float32
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = None
-        if config.flavour == 'gpt2':
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        gpt2 = config.flavour == 'gpt2'
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if gpt2 else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config)
         if config.flavour == 'llama':
@@ -204,6 +204,9 @@ class GPT(nn.Module):
             self.register_buffer('cos', angle.cos(), persistent=False)          # (T, hs / 2)
             self.register_buffer('sin', angle.sin(), persistent=False)
         how = self.h[0].mlp.c_fc.how if config.quantize_head else How()
+        for name, layer in linears(self).items() if config.keep else ():
+            layer.keep = bool(re.search(config.keep, name))
+            layer.how = How() if layer.keep else layer.how
         self._init_weights()
         self.lm_head = Head(config.n_embd, vocab_size, how)
         if config.tied:
@@ -260,10 +263,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=0.8, top_k=200, generator=None):
-        """Continue idx (B, T) by n tokens, drawn from softmax(logits / temperature) of the top_k.
-
-        Keys and values are stored by config.kv_cache. When block_size is reached, the cache is
-        filled anew from the last half of the text."""
+        """Yield n tokens, (B, 1) each, that continue idx (B, T): drawn from softmax(logits /
+        temperature) of the top_k (0: of all). Keys and values are stored by config.kv_cache, which
+        is filled anew from the last half of the text whenever block_size is reached."""
         caches, new = None, None
         for _ in range(n):
             full = caches and len(caches[0]) == self.block_size
@@ -276,4 +278,4 @@ class GPT(nn.Module):
                 logits = logits.masked_fill(logits < least, -math.inf)
             new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, new), 1)
-        return idx
+            yield new

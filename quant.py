@@ -242,8 +242,9 @@ def grouped(x, s):
     return x.reshape(1, -1) if s.group == 'tensor' else x.flatten(0, -2)
 
 
-def find_scale(x, s):
-    """(scale, zero, outer) of the groups of x. The scale of a group of zeros is TINY."""
+def find_scale(x, s, weight=1.0):
+    """(scale, zero, outer) of the groups of x, for mse by errors times `weight`, grouped too. That
+    of zeros is TINY."""
     grid, axis = GRIDS[s.grid], s.axis
     if s.sign == 'asymmetric':
         least = x.amin(axis, keepdim=True).clamp(max=0)             # so that 0 is a code
@@ -254,7 +255,7 @@ def find_scale(x, s):
     if s.scale == 'absmean':
         size, top = x.abs().mean(axis, keepdim=True), grid.high ** 0.5
     if s.scale == 'mse':
-        size = least_error(x, size, s)
+        size = least_error(x, size, s, weight)
     if s.format == 'nvfp4':
         # e4m3 goes from 2^-9 to 448; the outer scale brings the largest of all to 448
         outer = (size.amax() / (top * 448)).clamp(min=TINY)
@@ -268,13 +269,13 @@ def find_scale(x, s):
     return scale.to(torch.float8_e8m0fnu) if s.format else scale, None, None
 
 
-def least_error(x, size, s):
-    """The one of .3, .4 .. 1 times size = max|x| with the least |x - x^|^2, of each group."""
+def least_error(x, size, s, weight):
+    """The one of .3, .4 .. 1 times size = max|x| with the least sum weight (x - x^)^2 a group."""
     s, best, least = replace(s, rounding='nearest'), size, torch.full_like(size, math.inf)
     for fraction in (1, .3, .4, .5, .6, .7, .8, .9):                # a tie goes to the first
         step = (fraction * size / s.top).clamp(min=TINY)
         x_hat = step * MAPS[s.map].level(round_to(x / step, s, 0))
-        error = (x - x_hat).square().sum(s.axis, keepdim=True)
+        error = (weight * (x - x_hat).square()).sum(s.axis, keepdim=True)
         best = torch.where(error < least, fraction * size, best)
         least = torch.minimum(error, least)
     return best
@@ -551,7 +552,7 @@ class Linear(nn.Module):
 
     def __init__(self, n_in, n_out, bias=False, how=How()):
         super().__init__()
-        self.how, self.stored = how, None
+        self.how, self.stored, self.keep = how, None, False     # keep: it stays a matrix of floats
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.register_buffer('codes', None)
@@ -920,13 +921,14 @@ class Optimizer:
 def rtn_(model, how):
     """q = clip(round(w / s), Qn, Qp), to nearest: all that every block linear then holds."""
     for layer in linears(model).values():
-        layer.store_(how)
+        if not layer.keep:
+            layer.store_(how)
 
 
 @torch.no_grad()
 def gptq(W, H, how, damping=0.01, act_order=False):
     """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer, s
-    as W itself gives it:
+    from W itself, for mse with the least sum H_ii (W - s q)_i^2 of rounding to nearest:
 
         q_i = clip(round(W_i / s), Qn, Qp),  e = (W_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
@@ -936,8 +938,8 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     is 0 it counts as 1, and the column is just rounded (Frantar et al., arXiv 2210.17323). Raises
     ValueError where H is not positive definite."""
     s, n = replace(storable(how), rounding='nearest'), W.shape[1]
-    rtn = quantize(W, s)                                    # for its scale alone
-    scale = rtn.scale.expand_as(grouped(W, s)).reshape(W.shape)        # (out, in)
+    s_W, *_ = find_scale(grouped(W.float(), s), s, grouped(H.diagonal().expand_as(W), s))
+    scale = s_W.expand_as(grouped(W, s)).reshape(W.shape)              # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
     damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
@@ -959,42 +961,37 @@ def gptq(W, H, how, damping=0.01, act_order=False):
             E[:, i - a] = (W[:, i] - scale[:, i] * codes[:, i]) / U[i, i]
             W[:, i:b] -= torch.outer(E[:, i - a], U[i, i:b])
         W[:, b:] -= E @ U[a:b, b:]
-    return rtn._replace(codes=pack(encode(codes[:, order.argsort()], s), s))
+    return QTensor(pack(encode(codes[:, order.argsort()], s), s), s_W, spec=s)
+
+
+def hessian(x, how):
+    """H = 2 mean x x^T over tokens, (in, in) float32, of the x^ that a Linear makes of x."""
+    x = fake_quant(x.flatten(0, -2), how.activations)
+    return 2 / len(x) * sum(some.T @ some for some in map(torch.Tensor.float, x.split(2 ** 14)))
 
 
 @torch.no_grad()
-def hessian(layer, run):
-    """H = 2 mean x x^T, (in, in) float32, over the x^ that a Linear multiplies during run()."""
-    H, counts = layer.weight.new_zeros(2 * layer.weight.shape[1:]), []
-
-    def look(layer, args):
-        x = fake_quant(args[0].flatten(0, -2).float(), layer.how.activations)   # (N, in)
-        H.addmm_(x.T, x, alpha=2)
-        counts.append(len(x))
-
-    with layer.register_forward_pre_hook(look):
-        run()
-    return H / max(1, sum(counts))
-
-
-@torch.no_grad()
-def gptq_(model, how, batches, damping=0.01, act_order=False, progress=iter):
-    """GPTQ of all block linears, in the order in which they run, on `batches`, a list of tokens
-    (B, T): the inputs of each have gone through those before it, quantized."""
-    if not batches or not storable(how) or storable(how).grid == 'bf16':
+def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
+    """GPTQ of all block linears, while all tokens idx (B, T) go through the model at once: what
+    comes to a layer has gone through those before it, quantized."""
+    if not len(idx) or not storable(how) or storable(how).grid == 'bf16':
         raise ValueError('GPTQ needs data, give it sequences, and a grid with scales, not bf16')
-    for name, layer in linears(model).items():
+    layers = {name: layer for name, layer in linears(model).items() if not layer.keep}
+    for name, layer in layers.items():
         if layer.stored or layer.how.weights:
             raise ValueError(f'{name} is quantized already; GPTQ needs it in full precision')
-    mode = model.training
-    model.eval()
-    inputs = [model.embed(idx) for idx in batches]                  # of the block, [(x, angles)]
-    for block in progress(model.h):
-        for layer in linears(block).values():
-            H = hessian(layer, lambda: [block(x, angles, None) for x, angles in inputs])
-            layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
-        inputs = [(block(x, angles, None), angles) for x, angles in inputs]
-    model.train(mode)
+
+    def look(layer, args):      # before it runs
+        H = hessian(args[0], layer.how)
+        layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
+
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        for layer in layers.values():
+            stack.enter_context(layer.register_forward_pre_hook(look))
+        x, angles = model.eval().embed(idx)
+        for block in progress(model.h):
+            x = block(x, angles, None)
 
 
 # ------------------------------------------------------------------------------------------------

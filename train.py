@@ -12,6 +12,7 @@ Train, evaluate and sample one GPT, with any quantization strategy:
 A checkpoint is a config file that also has weights; give it first. A run writes <out_dir>/ckpt.pt
 and <out_dir>/log.jsonl, one JSON object a line.
 """
+import codecs
 import ctypes
 import json
 import math
@@ -28,11 +29,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import STRATEGY, configure, fail, locked, open_run, save
+from config import STRATEGY, configure, fail, locked, open_log, open_run, save
 from data.corpus import TOKENIZER, build, load_data, sequence_starts, window_starts
 from data.tokenizer import encoding
 from model import GPT
-from quant import Optimizer, bytes_held, gptq_, health, level_shares, noise_key, rtn_, spec
+from quant import (Optimizer, bytes_held, gptq_, health, level_shares, linears, noise_key, rtn_,
+                   spec)
 
 resource = None     # on Windows: no peak of memory in the log
 with suppress(ImportError):
@@ -56,6 +58,8 @@ class Config:
     rope_theta: float = 10000.0  # llama only
     init_gain: float = 0.0       # > 0: block linears start from N(0, init_gain^2 / fan_in)
     quantize_head: bool = False  # the head too takes weights, activations and gradients
+    keep: str = ''               # block linears with this regular expression in their names stay
+                                 # in full precision: 'h.0|mlp.c_proj'
 
     # the strategy: Specs as in quant.py, 'int8/row', 'ternary/tensor/absmean'; '': full precision
     weights: str = ''            # weights of block linears, as the forward sees them
@@ -114,6 +118,9 @@ class Config:
     log_interval: int = 10
     prompt: str = '\nclass'      # the sample continues it
     sample_tokens: int = 256
+    samples: int = 1
+    temperature: float = 0.8     # 0: always the likeliest token
+    top_k: int = 200             # of so many tokens; 0: of all
     device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several
     dtype: str = 'auto'          # of activations: bfloat16 where it is fast, or float32
     compile: str = 'auto'        # torch.compile: yes or no; auto: where it works and pays
@@ -131,7 +138,9 @@ def dry_run(config):
     try:
         with torch.device('meta'):
             # 1024 tokens of vocabulary: what divides the usual sizes divides it
-            model = GPT(replace(config, n_layer=1), 1024)
+            model = GPT(config if config.keep else replace(config, n_layer=1), 1024)
+            if config.keep and not any(m.keep for m in linears(model).values()):
+                raise ValueError(f"keep = '{config.keep}' is in no name: {[*linears(model)][-1]}")
             rtn_(model, config.stored)
             idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long)
             loss = model(idx, idx)
@@ -140,24 +149,6 @@ def dry_run(config):
                 Optimizer(model, config).step()
     except Exception as e:      # whatever it is, it is about these keys
         fail(e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}')
-
-
-# ------------------------------------------------------------------------------------------------
-# the log of a run; config/__init__.py has what goes for its folder and its checkpoint
-
-def open_log(path, step):
-    """The log, to write on; what was logged after `step`, or half-written, is dropped from it."""
-    kept = []
-    with suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as f:
-        for line in f:
-            with suppress(ValueError, AttributeError, TypeError):       # it is no entry
-                entry = json.loads(line)
-                if entry.get('iter', 0) <= step and 'done' not in entry:
-                    kept.append(line.strip() + '\n')
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(kept)
-    os.replace(path + '.tmp', path)
-    return open(path, 'a', encoding='utf-8')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -313,9 +304,8 @@ class Run:
         return window[:, :-1], window[:, 1:]
 
     def sequences(self):
-        """The `sequences` to calibrate on, [(B, T)]."""
-        starts = sequence_starts(self.config, len(self.train_data))
-        return [self.batch(self.train_data, some)[0] for some in starts]
+        """The `sequences` to calibrate on, tokens (n, T), each once."""
+        return self.batch(self.train_data, sequence_starts(self.config, len(self.train_data)))[0]
 
     def start_log(self, checkpoint):
         """Open the log; with everything built and checked, an old run may go if it must."""
@@ -349,11 +339,11 @@ class Run:
             self.log.write(json.dumps(entry, allow_nan=False) + '\n')
             self.log.flush()
 
-    def say(self, text):
+    def say(self, text, end='\n'):
         """Print, on rank 0; where nobody listens any more, a run goes on all the same."""
         try:
             if self.rank == 0:
-                tqdm.write(text)
+                tqdm.write(text, end=end)
                 sys.stdout.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -516,14 +506,20 @@ class Run:
                      f'{rate:.0f} tokens/s')
 
     def sample(self):
-        """The prompt and what the model makes of it, as text."""
-        config, enc = self.config, encoding(self.meta)
-        idx = torch.tensor([enc.encode_ordinary(config.prompt) or [0]], device=self.device)
-        generator = torch.Generator(self.device).manual_seed(config.seed)
+        """Print the prompt and what the model makes of it, `samples` times, as it comes."""
+        c, enc, generator = self.config, encoding(self.meta), torch.Generator(self.device)
+        idx = torch.tensor([enc.encode_ordinary(c.prompt) or [0]], device=self.device)
         self.model.eval()
-        with torch.compiler.set_stance('force_eager'):               # shapes change every token
-            tokens = self.model.generate(idx, config.sample_tokens, generator=generator)[0]
-        return enc.decode([t for t in tokens.tolist() if t < self.meta['vocab_size']])
+        for i in range(c.samples):
+            generator.manual_seed(c.seed + i)
+            text = codecs.getincrementaldecoder('utf-8')('replace')     # of a part of a character
+            self.say(f'--- sample ---\n{c.prompt}', end='')
+            with torch.compiler.set_stance('force_eager'):              # shapes change every token
+                for new in self.model.generate(idx, c.sample_tokens, c.temperature, c.top_k,
+                                               generator):
+                    if new < self.meta['vocab_size']:
+                        self.say(text.decode(enc.decode_single_token_bytes(new.item())), end='')
+            self.say('\n--------------')
 
     def finish(self):
         """The last evaluation, a sample, and a summary."""
@@ -531,8 +527,8 @@ class Run:
         size = bytes_held(self.model, self.optimizer)
         says = self.report(config.final_tokens, done=True, bytes=size, levels=levels,
                            seconds=self.seconds)
-        if config.sample_tokens:
-            self.say(f'--- sample ---\n{self.sample()}\n--------------')
+        if config.sample_tokens and self.rank == 0:
+            self.sample()
         self.say(says)
         if config.eval_only:
             return

@@ -9,6 +9,7 @@ make sense, and which together, is said in `check`. What is wrong ends the progr
 import ast
 import difflib
 import inspect
+import json
 import math
 import operator
 import os
@@ -27,20 +28,23 @@ except ImportError:     # on Windows: no lock
 
 # keys of a run, not of its model: a checkpoint does not hand them on
 OWN_KEYS = {'out_dir', 'overwrite', 'init_from', 'checkpoint', 'eval_only', 'ptq', 'damping',
-            'act_order', 'prompt', 'sample_tokens', 'device', 'compile', 'shard', 'reduce_dtype'}
+            'act_order', 'prompt', 'sample_tokens', 'samples', 'temperature', 'top_k', 'device',
+            'compile', 'shard', 'reduce_dtype'}
 # what may differ when a run is resumed; the data may lie elsewhere, but must be the same
 RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order'} | {
     'dataset', 'batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_tokens',
     'final_tokens', 'log_interval'}
 SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
 STRATEGY = *SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'optimizer', 'code_lr'
-MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens'     # and what is so by default
+MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens', 'top_k'    # and what is so by default
 CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
            'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
            'dtype': ('auto', 'float32', 'bfloat16'), 'reduce_dtype': ('', 'bfloat16')}
 IDLE = (    # a key, and what it does nothing without: one of some keys, or a value of one
     ('rope_theta', 'flavour', 'llama'), ('quantize_head', 'weights activations gradients', ''),
     ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
+    ('samples', 'sample_tokens', ''), ('temperature', 'sample_tokens', ''),
+    ('top_k', 'sample_tokens', ''), ('keep', 'weights activations gradients stored', ''),
     ('code_lr', 'stored', ''), ('scale_lr', 'code_lr', ''), ('threshold', 'optimizer', 'adamw'),
     ('adam_v', 'optimizer', 'adamw'), ('damping', 'ptq', 'gptq'), ('act_order', 'ptq', 'gptq'))
 
@@ -165,6 +169,21 @@ def open_run(config):
         return loaded.pop(path, None) or load(path, type(config))
     if config.init_from == 'checkpoint' or config.eval_only or config.ptq:
         fail('this needs a checkpoint before it: python train.py out/baseline/ckpt.pt ..')
+
+
+def open_log(path, step):
+    """The log, to write on; what was logged after `step`, or half-written, is dropped from it."""
+    kept = []
+    with suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            with suppress(ValueError, AttributeError, TypeError):       # it is no entry
+                entry = json.loads(line)
+                if entry.get('iter', 0) <= step and 'done' not in entry:
+                    kept.append(line.strip() + '\n')
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(kept)
+    os.replace(path + '.tmp', path)
+    return open(path, 'a', encoding='utf-8')
 
 
 @contextmanager

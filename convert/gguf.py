@@ -25,6 +25,12 @@ NAMES = {'llama': {**NAMES, 'attn.c_attn': 'blk.{0}.attn_q blk.{0}.attn_k blk.{0
                    'mlp.c_fc': 'blk.{0}.ffn_gate blk.{0}.ffn_up'},
          'gpt2': {**NAMES, 'wpe': 'position_embd', 'attn.c_attn': 'blk.{}.attn_qkv',
                   'mlp.c_fc': 'blk.{}.ffn_up'}}
+KEYS = {'context_length': 'block_size', 'embedding_length': 'n_embd', 'block_count': 'n_layer',
+        'feed_forward_length': 'hidden', 'attention.head_count': 'n_head',
+        'attention.head_count_kv': 'n_kv_head'}
+KEYS = {'gpt2': KEYS | {'attention.layer_norm_epsilon': 'norm_eps'},
+        'llama': KEYS | {'attention.layer_norm_rms_epsilon': 'norm_eps',
+                         'rope.freq_base': 'rope_theta'}}
 # types of integers: weights in a block, their least and greatest code
 BLOCKS = {'TQ2_0': (256, -1, 1), 'TQ1_0': (256, -1, 1), 'Q4_0': (32, -8, 7),
           'Q8_0': (32, -128, 127)}
@@ -32,8 +38,7 @@ FLOATS = {'F16': np.float16, 'F32': np.float32}
 
 
 def blocks(q, kind):
-    """The bytes of a QTensor (out, in) in a type of integers, (out, bytes); None if they do not fit
-    in."""
+    """The bytes of a QTensor (out, in) in a type of integers, (out, bytes), or None: no place."""
     import gguf
     grid, (size, low, high) = integers(q), BLOCKS[kind]
     group = q.spec.group if grid and isinstance(q.spec.group, int) else 0
@@ -66,19 +71,19 @@ def write(model, tokenizer, path, choice=''):
     if not pre:
         raise ValueError('llama.cpp cuts no text as its tokenizer does; prepare the data anew')
     out, (words, merges) = gguf.GGUFWriter(path + '.tmp', c.flavour), words_of(tokenizer)
-    llama = {'layer_norm_rms_eps': c.norm_eps, 'rope_freq_base': c.rope_theta,
-             'rope_dimension_count': c.n_embd // c.n_head}
-    for key, value in {
-            'context_length': c.block_size, 'embedding_length': c.n_embd, 'block_count': c.n_layer,
-            'feed_forward_length': model.h[0].mlp.c_proj.weight.shape[1],
-            'head_count': c.n_head, 'head_count_kv': c.n_kv_head or c.n_head, 'vocab_size': n,
-            **(llama if c.flavour == 'llama' else {'layer_norm_eps': c.norm_eps}),
-            'tokenizer_model': 'gpt2', 'tokenizer_pre': pre, 'token_list': words,
-            'token_types': [3 if i in special else 1 for i in range(n)],        # control, normal
-            'token_merges': list(map(' '.join, merges)) or ['ÿ ÿ'], 'add_bos_token': False,
-            'bos_token_id': min(special, default=0), 'eos_token_id': min(special, default=0),
-    }.items():
-        getattr(out, f'add_{key}')(value)
+    ours = vars(c) | {'n_kv_head': c.n_kv_head or c.n_head,
+                      'hidden': model.h[0].mlp.c_proj.weight.shape[1]}
+    for key, name in KEYS[c.flavour].items():
+        add = out.add_float32 if isinstance(ours[name], float) else out.add_uint32
+        add(f'{c.flavour}.{key}', ours[name])
+    out.add_tokenizer_model('gpt2')
+    out.add_tokenizer_pre(pre)
+    out.add_token_list(words)
+    out.add_token_types([3 if i in special else 1 for i in range(n)])           # control, normal
+    out.add_token_merges([*map(' '.join, merges)] or ['ÿ ÿ'])
+    out.add_bos_token_id(min(special, default=0))
+    out.add_eos_token_id(min(special, default=0))
+    out.add_add_bos_token(False)
     kinds = (choice or 'TQ2_0', 'Q4_0', 'Q8_0') if choice not in FLOATS else ()
     for name, q in exported(model, NAMES[c.flavour], n).items():
         for kind in kinds:
@@ -107,13 +112,8 @@ def read(path):
                          f'{", ".join(PATTERNS)}; this is {flavour} with {pre}')
     theirs = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
               for t in file.tensors}
-    config = Config(
-        flavour=flavour, n_layer=get('block_count'), n_head=get('attention.head_count'),
-        n_kv_head=get('attention.head_count_kv', 0), n_embd=get('embedding_length'),
-        hidden=get('feed_forward_length'), block_size=get('context_length'),
-        norm_eps=get('attention.layer_norm_rms_epsilon', get('attention.layer_norm_epsilon')),
-        rope_theta=get('rope.freq_base', 10000.0), tied='output.weight' not in theirs,
-        bias=flavour == 'gpt2')
+    config = Config(flavour=flavour, bias=flavour == 'gpt2', tied='output.weight' not in theirs, **{
+        name: get(key, getattr(Config, name)) for key, name in KEYS[flavour].items()})
     words, kinds = meta['tokenizer.ggml.tokens'], meta['tokenizer.ggml.token_type']
     special = {word: i for i, (word, kind) in enumerate(zip(words, kinds)) if kind != 1}
     return imported(config, tokenizer_of(words, special, PATTERNS[pre]), NAMES[flavour], theirs)

@@ -19,6 +19,7 @@ import torch
 
 from convert import PATTERNS, exported, imported, integers, main, tokenizer_of, words_of
 from data.tokenizer import encoding
+from model import GPT
 from quant import dequantize, levels
 from train import Config
 
@@ -32,15 +33,12 @@ NAMES = {'llama': {
     'lm_head': 'lm_head', **{name: f'transformer.{name}' for name in ('wte', 'wpe', 'ln_f')},
     **{name: f'transformer.h.{{}}.{name}' for name in (
         'ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')}}}
-# theirs, by names that their configs share: ours; and what model.py takes for granted
+# what their configs call it: ours
 KEYS = {'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head',
         'max_position_embeddings': 'block_size', 'tie_word_embeddings': 'tied'}
 KEYS = {'gpt2': KEYS | {'n_inner': 'hidden', 'layer_norm_epsilon': 'norm_eps'},
         'llama': KEYS | {'intermediate_size': 'hidden', 'num_key_value_heads': 'n_kv_head',
                          'rms_norm_eps': 'norm_eps'}}
-NEEDED = {'llama': {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False},
-          'gpt2': {'activation_function': 'gelu_new', 'scale_attn_weights': True,
-                   'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}}
 TYPES = 'float32', 'bfloat16', 'bitnet', 'compressed-tensors'
 
 
@@ -89,12 +87,12 @@ def write(model, tokenizer, folder, kind='float32'):
     end = min(tokenizer['special'].values(), default=0)
     ours = vars(c) | {'hidden': model.h[0].mlp.c_proj.weight.shape[1], 'tied': 'lm_head.weight'
                       not in out, 'n_kv_head': c.n_kv_head or c.n_head}
+    rope = {'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta}}
     AutoConfig.for_model(
         c.flavour, architectures=['LlamaForCausalLM' if llama else 'GPT2LMHeadModel'],
-        vocab_size=n, dtype=dtype, bos_token_id=end, eos_token_id=end, **NEEDED[c.flavour],
-        **{theirs: ours[key] for theirs, key in KEYS[c.flavour].items()}, **quantization,
-        **({'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta}} if llama
-           else {})).save_pretrained(folder)
+        vocab_size=n, dtype=dtype, bos_token_id=end, eos_token_id=end, **quantization,
+        **{theirs: ours[key] for theirs, key in KEYS[c.flavour].items()},
+        **(rope if llama else {})).save_pretrained(folder)
     save_file(out, f'{folder}/model.safetensors', metadata={'format': 'pt'})
     write_tokenizer(tokenizer, folder)
 
@@ -118,30 +116,32 @@ def write_tokenizer(tokenizer, folder):
 def read(name):
     """The checkpoint of a model of transformers. ValueError if it is not like ours."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    c = AutoConfig.from_pretrained(name)
-    flavour, rope = c.model_type, getattr(c, 'rope_parameters', None) or {'rope_type': 'default'}
-    if flavour not in NAMES:
-        raise ValueError(f'model.py has no {flavour}, only {" and ".join(NAMES)}')
-    for key, value in {**NEEDED[flavour], 'head_dim': c.hidden_size // c.num_attention_heads,
-                       'rope_type': 'default'}.items():
-        found = rope.get(key, getattr(c, key, None))
-        if found not in (None, value):
-            raise ValueError(f'its {key} is {found}, and model.py has only {value}')
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) > c.vocab_size:
-        raise ValueError(f'its tokenizer has {len(tokenizer)} tokens, the model {c.vocab_size}')
+    c, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    if c.model_type not in NAMES or len(tokenizer) > c.vocab_size:
+        raise ValueError(f'model.py has {" and ".join(NAMES)}, with rows for all tokens; this is '
+                         f'{c.model_type}, with {c.vocab_size} of {len(tokenizer)}')
     theirs, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     for key in sorted(info['missing_keys'] | info['unexpected_keys']):
         # transformers would draw it at random, or leave it out
         raise ValueError(f'its weights do not fit its config: {key}')
-    config = Config(flavour=flavour, bias=flavour == 'gpt2', dataset='openwebtext',
-                    rope_theta=float(rope.get('rope_theta', Config.rope_theta)),
+    rope = getattr(c, 'rope_parameters', None) or vars(Config)
+    config = Config(flavour=c.model_type, bias=c.model_type == 'gpt2', dataset='openwebtext',
+                    rope_theta=float(rope['rope_theta']),
                     **{ours: getattr(c, key) or type(getattr(Config, ours))()
-                       for key, ours in KEYS[flavour].items()})
+                       for key, ours in KEYS[c.model_type].items()})
     weights = {key: w.T if '.c_' in key and w.dim() > 1 else w
                for key, w in theirs.state_dict().items()
                if not (config.tied and key == 'lm_head.weight')}
-    return imported(config, read_tokenizer(tokenizer), NAMES[flavour], weights)
+    checkpoint = imported(config, read_tokenizer(tokenizer), NAMES[c.model_type], weights)
+    # activations, rope, attention: whatever its config says, it must be the same function
+    model = GPT(config, len(checkpoint['model']['wte.weight'])).eval()
+    model.load_state_dict(checkpoint['model'])
+    idx = torch.arange(min(config.block_size, 512))[None] % len(tokenizer)
+    with torch.no_grad():
+        a, b = model(idx)[..., :c.vocab_size], theirs.eval().float()(idx).logits
+    if not (b - a[..., :b.shape[-1]]).norm() < 1e-3 * b.norm():
+        raise ValueError('model.py makes something else of its weights: its config asks for more')
+    return checkpoint
 
 
 def read_tokenizer(theirs):

@@ -26,6 +26,8 @@ SHAPES = {'llama': dict(n_head=6, n_kv_head=2, n_embd=192, hidden=256, norm_eps=
           'gpt2': dict(flavour='gpt2', n_head=2, n_embd=64, hidden=96, norm_eps=1e-3),
           'biases': dict(flavour='gpt2', n_head=2, n_embd=256, hidden=256, bias=True)}
 
+IDX = torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(1))
+
 
 def make(path, **keys):
     """A checkpoint of a small random model that does something, with a tokenizer; the model."""
@@ -35,16 +37,16 @@ def make(path, **keys):
     for p in model.parameters():
         p.data += 0.03 * torch.randn_like(p)
     rtn_(model, config.stored)
-    save(str(path), {'config': asdict(config), 'sha256': '', 'iter': 0, 'tokens': 0, 'seconds': 0.0,
-                'tokenizer': make_tokenizer(500, ''.join(TEXTS)), 'losses': [],
-                'model': model.state_dict(), 'optimizer': None})
+    save(str(path), {'config': asdict(config), 'sha256': '', 'iter': 0, 'tokens': 0,
+                     'seconds': 0.0, 'tokenizer': make_tokenizer(500, ''.join(TEXTS)),
+                     'losses': [],
+                     'model': model.state_dict(), 'optimizer': None})
     return model
 
 
 def logits(model, n=500):
-    x = torch.randint(n, (1, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        out = model(x)
+        out = model(IDX)
     return getattr(out, 'logits', out)[0, :, :n].float()
 
 
@@ -76,7 +78,8 @@ def test_transformers_out_and_in(name, tmp_path):
 
 @pytest.mark.parametrize('kind, keys', [
     ('bitnet', dict(weights='ternary/tensor/absmean')), ('bitnet', dict(stored='ternary')),
-    ('compressed-tensors', dict(stored='int8/row')), ('compressed-tensors', dict(stored='int4/row'))])
+    ('compressed-tensors', dict(stored='int8/row')),
+    ('compressed-tensors', dict(stored='int4/row'))])
 def test_packed_for_transformers(kind, keys, tmp_path):
     transformers = pytest.importorskip('transformers')
     kind == 'bitnet' or pytest.importorskip('compressed_tensors')
@@ -105,8 +108,8 @@ def test_gguf_out_and_in(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize('how, kind', [
-    ('ternary/row/absmean', 'TQ2_0'), ('ternary', 'TQ1_0'), ('int4/32', 'Q4_0'), ('int3/row', 'Q4_0'),
-    ('int8/64', 'Q8_0'), ('int5', 'Q8_0'), ('ternary/256', 'TQ2_0'), ('int2/row', 'Q4_0')])
+    ('ternary/row/absmean', 'TQ2_0'), ('ternary', 'TQ1_0'), ('int4/32', 'Q4_0'),
+    ('int3/row', 'Q4_0'), ('int8/64', 'Q8_0'), ('int5', 'Q8_0'), ('ternary/256', 'TQ2_0'), ('int2/row', 'Q4_0')])
 def test_codes_in_gguf_are_exact(how, kind, tmp_path):
     library = pytest.importorskip('gguf')
     model = make(tmp_path / 'ckpt.pt', **SHAPES['untied'], stored=how)
@@ -121,7 +124,8 @@ def test_codes_in_gguf_are_exact(how, kind, tmp_path):
 
 
 @pytest.mark.parametrize('keys, kind, most', [
-    (dict(stored='ternary/row/absmean'), '', 3e-4), (dict(weights='ternary/tensor/absmean'), '', 3e-4),
+    (dict(stored='ternary/row/absmean'), '', 3e-4),
+    (dict(weights='ternary/tensor/absmean'), '', 3e-4),
     (dict(stored='int4/row'), '', 3e-4), (dict(weights='int8/row'), '', 3e-4),
     (dict(stored='ternary/row/absmean'), 'F16', 1e-6), (dict(), '', 1e-6)])
 @pytest.mark.parametrize('name', ['untied', 'biases'])
@@ -131,8 +135,8 @@ def test_llama_cpp_runs_it(name, keys, kind, most, tmp_path):
     model = make(tmp_path / 'ckpt.pt', **SHAPES[name], **keys)
     flags = [f'--type={kind}'] * bool(kind)
     gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf'), *flags], *gguf.COMMAND)
-    theirs, x = Model(tmp_path / 'x.gguf', 64), torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(1))
-    assert divergence(logits(model), theirs.logits(x[0].tolist())) <= most
+    theirs = Model(tmp_path / 'x.gguf', 64)
+    assert divergence(logits(model), theirs.logits(IDX[0].tolist())) <= most
     enc = encoding(make_tokenizer(500, ''.join(TEXTS)))
     for text in TEXTS:
         ids = enc.encode_ordinary(text)
@@ -144,13 +148,14 @@ def change_config(**new):
 
 
 @pytest.mark.parametrize('name, file, change, says', [
-    ('gpt2', 'config.json', change_config(activation_function='relu'), 'function is relu'),
+    ('gpt2', 'config.json', change_config(activation_function='relu'), 'something else'),
     ('gpt2', 'config.json', change_config(n_layer=3), 'do not fit'),
-    ('gpt2', 'config.json', change_config(model_type='gpt_neo'), 'no gpt_neo'),
-    ('gpt2', 'config.json', change_config(scale_attn_by_inverse_layer_idx=True), 'inverse_layer'),
-    ('gpt2', 'config.json', change_config(vocab_size=200), '500 tokens'),
-    ('untied', 'config.json', change_config(hidden_act='gelu'), 'hidden_act is gelu'),
-    ('untied', 'config.json', change_config(rope_scaling={'rope_type': 'linear', 'factor': 2.}), 'rope'),
+    ('gpt2', 'config.json', change_config(model_type='gpt_neo'), 'gpt_neo'),
+    ('gpt2', 'config.json', change_config(scale_attn_by_inverse_layer_idx=True), 'something else'),
+    ('gpt2', 'config.json', change_config(vocab_size=200), '200 of 500'),
+    ('untied', 'config.json', change_config(hidden_act='gelu'), 'something else'),
+    ('untied', 'config.json', change_config(rope_parameters={
+        'rope_type': 'linear', 'factor': 2., 'rope_theta': 500.}), 'something else'),
     ('untied', 'config.json', change_config(num_hidden_layers=1), 'model.layers.1'),
     ('gpt2', 'tokenizer.json', lambda text: text.replace('L}+', 'L}{1,2}'), 'no tokenizer')])
 def test_a_model_of_transformers_that_is_not_like_ours(name, file, change, says, tmp_path):

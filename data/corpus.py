@@ -292,10 +292,9 @@ def window_starts(config, step, n_tokens, world):
 
 
 def sequence_starts(config, n_tokens):
-    """Where the windows of `sequences` begin, each once, batch by batch."""
-    windows, B = (n_tokens - 1) // config.block_size, config.batch_size
-    starts = epoch_order(config.seed, 0, windows, config.sequences) * config.block_size
-    return [starts[i:i + B] for i in range(0, len(starts), B)]
+    """Where the windows of `sequences` begin, each once."""
+    windows = (n_tokens - 1) // config.block_size
+    return epoch_order(config.seed, 0, windows, config.sequences) * config.block_size
 
 
 # -----------------------------------------------------------------------------

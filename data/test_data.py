@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data.corpus import prepare, read_dataset, read_files, window_starts, write
+import train
+from data.corpus import folder_of, prepare, read_dataset, read_files, window_starts, write
 from data.tokenizer import EOT, PATTERN, encoding, make_tokenizer, tokenizer_dict, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,3 +120,15 @@ def test_every_epoch_has_each_window_once(sequences, size):
     for split in ({'grad_accum': 1, 'batch_size': 8}, {'world': 2, 'grad_accum': 1},
                   {'world': 4, 'batch_size': 1}, {'grad_accum': 8, 'batch_size': 1}):
         assert np.array_equal(starts(), starts(**split))
+
+
+def test_a_name_is_a_folder_in_data_and_a_path_is_a_path(tmp_path, monkeypatch):
+    """./python in the current folder is not the dataset python."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ('python', 'elsewhere'):
+        prepare(folder, folder, [('train', 'abc'), ('val', 'abc')], 256)
+    parse = lambda name: folder_of(train.parse([f'--dataset={name}']).dataset)
+    assert parse('./elsewhere') == str(tmp_path / 'elsewhere')
+    assert parse('python') == str(ROOT / 'data' / 'python')
+    with pytest.raises(ValueError, match="no dataset 'elsewhere'"):
+        read_dataset(parse('elsewhere'))

@@ -1,20 +1,40 @@
 """
-llama.cpp, by its C interface in the wheel xllamacpp: logits of whole sequences, tokens of a text,
-and its own rounding. What convert/ writes is compared with it.
+llama.cpp, by its C interface in the wheel xllamacpp: what convert/ writes is compared with it.
+
+    python -m experiments.llamacpp out/ternary/ckpt.pt
+
+exports a checkpoint as GGUF, by codes and as F16, and measures in llama.cpp, on windows of val.bin:
+divergence from the model here with float activations, bits per byte there and here, and tokens of
+20 files of its text. It goes to results/llamacpp.json.
 """
 import ctypes as C
 import importlib.util
+import json
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import date
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+import torch
+
+from config import fail
+from convert import gguf, read_checkpoint
+from data.corpus import folder_of, read_dataset
+from data.tokenizer import encoding
+from experiments.bench import machine
+from experiments.runs import RESULTS
 
 NOTHING = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)(lambda *_: None)   # of its log
-F32, UNUSED = 0, 256        # ggml_type; more bytes than a struct of options has
+F32, BYTES = 0, 256         # a ggml_type; more than any struct of options has
 
 
 class Options(C.Structure):
     """Options whose fields are set by their place: 32-bit numbers, the first ones of the struct."""
-    _fields_ = [('field', C.c_uint32 * (UNUSED // 4))]
+    _fields_ = [('field', C.c_uint32 * (BYTES // 4))]
 
 
 class Batch(C.Structure):
@@ -29,7 +49,7 @@ def library():
     found = importlib.util.find_spec('xllamacpp')
     if not found:
         raise ImportError('No module named xllamacpp')
-    import xllamacpp  # noqa: F401  what the shared object needs is loaded first
+    importlib.import_module('xllamacpp')        # loads what the shared object needs
     lib, p = C.CDLL(f'{found.submodule_search_locations[0]}/xllamacpp.abi3.so'), C.c_void_p
     ints, text = C.POINTER(C.c_int32), C.c_char_p
     for name, result, arguments in (
@@ -109,3 +129,48 @@ def rounded(w, kind):
     out = np.empty((len(w), w.shape[1] // size * width), np.uint8)
     library().ggml_quantize_chunk(kind, w.ctypes.data, out.ctypes.data, 0, *w.shape, None)
     return gguf.quants.dequantize(out, kind), out.nbytes
+
+
+@torch.no_grad()
+def compare(path, windows=64):
+    """What main says that it measures."""
+    (model, tokenizer), found = read_checkpoint(path), {}
+    c, n, enc = model.config, tokenizer['vocab_size'], encoding(tokenizer)
+    _, val, meta = read_dataset(folder_of(c.dataset))
+    starts = np.linspace(0, len(val) - c.block_size - 1, windows).astype(int)
+    tokens = torch.from_numpy(np.stack([val[i:i + c.block_size + 1] for i in starts]).astype(int))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    bits = lambda logits: torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), y.flatten()).item() / math.log(2) / meta['bytes_per_token']
+    here = bits(model(x))
+    for layer in model.modules():
+        if hasattr(layer, 'how'):
+            layer.how = replace(layer.how, activations=None, compute='float')
+    floats = model(x)[..., :n].log_softmax(-1)
+    texts = enc.decode(val[:200_000].tolist()).split('<|endoftext|>')[:20]
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in '', 'F16':
+            file = Path(folder, f'{kind}.gguf')
+            gguf.main([path, str(file), *[f'--type={kind}'] * bool(kind)], *gguf.COMMAND)
+            there = Model(file, c.block_size)
+            logits = torch.stack([torch.from_numpy(there.logits(row.tolist())) for row in x])
+            found[kind or 'codes'] = {
+                'megabytes': file.stat().st_size / 1e6, 'bits_per_byte': bits(logits),
+                'kl': (floats.exp() * (floats - logits.log_softmax(-1))).sum(-1).mean().item(),
+                'texts': len(texts),
+                'tokenized_alike': sum(there.encode(t) == enc.encode_ordinary(t) for t in texts),
+                'decoded': sum(there.decode(enc.encode_ordinary(t)) == t.encode() for t in texts)}
+            there.close()
+    return {'checkpoint': path, 'bits_per_byte': here, **found, 'date': str(date.today()),
+            'machine': machine()}
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2:
+        fail('give a checkpoint: python -m experiments.llamacpp out/ternary/ckpt.pt')
+    try:
+        result = compare(sys.argv[1])
+    except (ImportError, ValueError) as e:
+        fail(f'{e}; pip install -r convert/requirements.txt')
+    print(json.dumps(result, indent=1))
+    RESULTS.joinpath('llamacpp.json').write_text(json.dumps(result, indent=1) + '\n', 'utf-8')

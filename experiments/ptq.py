@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import statistics
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -105,8 +106,8 @@ def changes(base, group):
     w, layers = weights(full), linears(full.model)
     for job in group:
         run = load(job)
-        q, batches = weights(run), run.sequences()
-        H = hessians(layers, lambda: [full.model(x) for x in batches])
+        q, idx = weights(run), run.sequences()
+        H = hessians(layers, lambda: full.model(idx, idx))
         size = lambda d, h: (d @ h * d).sum().item()
         errors = {name: (size(q[name] - w[name], h), size(w[name], h)) for name, h in H.items()}
         error, whole = map(sum, zip(*errors.values()))
@@ -117,15 +118,13 @@ def changes(base, group):
 
 
 def hessians(layers, run):
-    """{name: H} of many layers, in one run: each is found while those before it wait."""
+    """{name: H} of many layers, of the inputs that they see in run()."""
     found = {}
-
-    def look(names):
-        if not names:
-            return run()
-        found[names[0]] = hessian(layers[names[0]], lambda: look(names[1:]))
-
-    look(list(layers))
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(
+                lambda m, args, name=name: found.update({name: hessian(args[0], m.how)})))
+        run()
     return found
 
 
