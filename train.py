@@ -80,7 +80,7 @@ class Config:
     embedding_lr: float = 6e-3   # of embeddings, head, norms and biases; 0: learning_rate
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
-    max_iters: int = 1200        # resumed with more, a run follows the schedule of the new length
+    max_iters: int = 2400        # resumed with more, a run follows the schedule of the new length
     weight_decay: float = 0.1    # of matrices
     beta1: float = 0.9
     beta2: float = 0.999         # small batches want a long memory

@@ -112,8 +112,8 @@ def read(path):
                          f'{", ".join(PATTERNS)}; this is {flavour} with {pre}')
     theirs = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
               for t in file.tensors}
-    config = Config(flavour=flavour, bias=flavour == 'gpt2', tied='output.weight' not in theirs, **{
-        name: get(key, getattr(Config, name)) for key, name in KEYS[flavour].items()})
+    config = Config(flavour=flavour, bias=flavour == 'gpt2', tied='output.weight' not in theirs,
+                    **{name: get(key, vars(Config)[name]) for key, name in KEYS[flavour].items()})
     words, kinds = meta['tokenizer.ggml.tokens'], meta['tokenizer.ggml.token_type']
     special = {word: i for i, (word, kind) in enumerate(zip(words, kinds)) if kind != 1}
     return imported(config, tokenizer_of(words, special, PATTERNS[pre]), NAMES[flavour], theirs)

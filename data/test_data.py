@@ -54,7 +54,8 @@ def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):
 def test_prepare_says_how_to_train_from_any_folder_on_any_console(tmp_path):
     (tmp_path / 'mine.txt').write_text('some text of mine, and more of it. ' * 99)
     done = subprocess.run([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', 'mine.txt',
-                           '--tokenizer=256', '--out=köstlich'], cwd=tmp_path, capture_output=True,
+                           '--tokenizer=256', '--out=köstlich'], cwd=tmp_path,
+                          capture_output=True,
                           env={**os.environ, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '1'})
     assert done.returncode == 0, done.stderr
     assert f"--dataset='{tmp_path}/k?stlich'" in done.stdout.decode('ascii')

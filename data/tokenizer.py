@@ -26,11 +26,11 @@ EOT = '<|endoftext|>'  # ends every document
 MAX_BYTES = 16         # of a token; costs 0.5 % of compression, long runs of spaces trip engines
 MAX_WORD = 256         # the trainer looks at no more of a word: a file of base64 is one huge word
 
-# what llama.cpp and others call qwen2, so that text gives the same ids there. {1,256} is ours: with
-# a plain + a million spaces overflow the stack of tiktoken's regular expressions
+# what llama.cpp and others call qwen2, so that text gives the same ids there. {1,256} is ours:
+# with a plain + a million spaces overflow the stack of tiktoken's regular expressions
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r'|[^\r\n\p{L}\p{N}]?\p{L}+'             # letters after one space or sign: 'if', ' if', '.join'
+    r'|[^\r\n\p{L}\p{N}]?\p{L}+'             # letters after a space or sign: 'if', ' if', '.join'
     r'|\p{N}'                               # a digit
     r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+'  # signs and line ends: ' +=', '):\n'
     r'|\s{1,256}(?!\S)|\s+'                 # spaces, all but the last, which starts the next word

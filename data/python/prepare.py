@@ -1,30 +1,26 @@
 """
-The standard library of the Python that runs this: 8 MB of source code, no download.
+The Python source of the installed torch 2.13.0: 40 MB, no download. The same bytes with every
+Python and wheel, for CPU, CUDA or Mac: of their 2,285 files only version.py differs, which is left
+out, and on Windows line ends, which are made alike.
 
     python data/python/prepare.py [--tokenizer=1024] [--out=data/python]
-
-Versions of Python differ, and so do the losses on them: data/sympy is the same on every machine.
 """
+import importlib.util
 import sys
-import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import arguments, prepare, read_files, split_files
 
-# other people's code, tests, tables, and files that hold paths of the machine
-SKIP = ('site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'encodings', 'idlelib',
-        'lib2to3', 'tkinter', 'turtledemo', 'distutils', 'ensurepip', 'pydoc_data', 'config-*',
-        'sitecustomize.py', 'usercustomize.py', '_sysconfigdata*')
+# tests, others' code, tables that a program wrote, and what differs
+SKIP = ('testing', 'test', 'tests', '__pycache__', '_vendor', '*generated*', '_triton_ops_meta.py',
+        'version.py')
 
 
 def main():
     args = arguments(__doc__, __file__, tokenizer='1024').parse_args()
-    stdlib = sysconfig.get_path('stdlib')
-    files = read_files(stdlib, '*.py', SKIP)
-    if len(files) < 100:
-        raise SystemExit(f'{stdlib}: this Python comes without its source code; use another one, '
-                         'or data/sympy/prepare.py')
+    folder, = importlib.util.find_spec('torch').submodule_search_locations
+    files = [(path, text.replace('\r\n', '\n')) for path, text in read_files(folder, '*.py', SKIP)]
     prepare(args.out, 'python', split_files(files), args.tokenizer)
 
 
