@@ -2,7 +2,7 @@
 # epochs of 128 sequences, 4-bit weights in the forward; 2 bits want a learning_rate of 3e-4
 # python train.py out/baseline/ckpt.pt config/qaft.py
 init_from = 'checkpoint'
-weights = 'int4/row/mse'
+weights = 'int4/64'
 sequences = 128
 max_iters = 40      # of 8 sequences
 learning_rate = 3e-5
