@@ -950,7 +950,7 @@ def equal(a, b):
     ('--gradients=nvfp4 --backward=requantize --block_size=25 --batch_size=1', 'blocks of 16 do'),
     ('--optimizer=muon --stored=int8', 'muon'), ('--code_lr=.1 --stored=bf16', 'bf16'),
     ('--update_in_backward=True --grad_accum=2', 'grad_accum = 1'), ('--bias=True', 'no bias'),
-    ('--stored=int8 --keep=h.9', 'is in no name'), ('--stored=int8 --keep=(', 'error'),
+    ('--stored=int8 --keep=h', 'no layer, or of all'), ('--stored=int8 --keep=(', 'no regular'),
     *((f'--stored={bad}', 'symmetric, signed, linear') for bad in (
         'int8/asymmetric', 'uint8/asymmetric', 'int8/sqrt', *FORMATS, 'int4/row/hadamard')),
     # keys that do nothing

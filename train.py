@@ -139,8 +139,8 @@ def dry_run(config):
         with torch.device('meta'):
             # 1024 tokens of vocabulary: what divides the usual sizes divides it
             model = GPT(config if config.keep else replace(config, n_layer=1), 1024)
-            if config.keep and not any(m.keep for m in linears(model).values()):
-                raise ValueError(f"keep = '{config.keep}' is in no name: {[*linears(model)][-1]}")
+            if config.keep and len({m.keep for m in linears(model).values()}) < 2:
+                raise ValueError(f"keep = '{config.keep}' is in the name of no layer, or of all")
             rtn_(model, config.stored)
             idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long)
             loss = model(idx, idx)
@@ -270,7 +270,8 @@ class Run:
         c, path, old = self.config, self.config.checkpoint, checkpoint['config']
         goes_on = c.init_from == 'resume' and not c.eval_only
         # what must be the same, and the shapes of the weights do not show
-        shape = 'flavour', 'n_head', 'rope_theta', 'norm_eps', 'tied'
+        shape = ['flavour', 'n_head', 'rope_theta', 'norm_eps', 'tied']
+        shape += ['keep'] if old['stored'] else []
         same = {key: (old[key], getattr(c, key)) for key in shape}
         same['tokenizer'] = checkpoint['tokenizer'], self.tokenizer
         if goes_on:
@@ -519,7 +520,7 @@ class Run:
                                                generator):
                     if new < self.meta['vocab_size']:
                         self.say(text.decode(enc.decode_single_token_bytes(new.item())), end='')
-            self.say('\n--------------')
+            self.say(text.decode(b'', True) + '\n--------------')
 
     def finish(self):
         """The last evaluation, a sample, and a summary."""

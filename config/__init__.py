@@ -13,6 +13,7 @@ import json
 import math
 import operator
 import os
+import re
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
@@ -35,7 +36,8 @@ RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order'} | {
     'dataset', 'batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_tokens',
     'final_tokens', 'log_interval'}
 SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
-STRATEGY = *SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'optimizer', 'code_lr'
+STRATEGY = (*SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'keep', 'optimizer',
+            'code_lr')
 MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens', 'top_k'    # and what is so by default
 CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
            'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
@@ -302,6 +304,10 @@ def check(c, given):
             fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}"
                  + (f' = {good}' if good else '') + '; leave it out')
     w, stored, v = specs['weights'], specs['stored'], specs['adam_v']
+    try:
+        re.compile(c.keep)
+    except re.error as e:
+        fail(f"keep = '{c.keep}' is no regular expression: {e}")
     for wrong, why in (
         (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of learning_rate'),
         (not c.beta2, 'beta2 = 0: v is 0 where a gradient is, and the step explodes'),

@@ -4,6 +4,9 @@ train.py, what goes out is made of one. Here is what both share: names, rows, to
 """
 import os
 import re
+import sys
+import tempfile
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import torch
@@ -79,6 +82,8 @@ def imported(config, tokenizer, names, theirs):
     """The checkpoint of train.py with the weights `theirs`, {their name: tensor}. ValueError if
     they are not those of model.py, all and no other."""
     n = tokenizer['vocab_size']
+    if config.n_layer > len(theirs):
+        raise ValueError(f'it has {len(theirs)} weights for {config.n_layer} layers')
     weights = GPT(config, -(-n // 64) * 64).state_dict()                # padded as in train.py
     ends = ('wte.weight',) if config.tied else ('wte.weight', 'lm_head.weight')
     for key in weights.keys() - {'lm_head.weight'} | {*ends}:
@@ -127,26 +132,29 @@ def tokenizer_of(words, special, pattern):
 
 def main(argv, usage, types, write, read):
     """`write` a checkpoint in the other format, or `read` into one, whichever is given."""
+    sys.stdout.reconfigure(errors='replace')    # a console need not know every character of a path
     flags = [arg.removeprefix('--type=') for arg in argv if arg.startswith('-')]
-    paths = [arg for arg in argv if not arg.startswith('-')]
-    if len(paths) != 2 or len(flags) > 1 or not {*flags} <= {*types}:
-        fail(f'python -m {usage}, with --type={" or ".join(types)} if you like')
-    source, target = paths
+    paths = [os.path.normpath(arg) for arg in argv if arg and arg[0] != '-']
+    source, target = [*paths, '', ''][:2]
+    out = source.endswith('.pt')
+    if len(paths) != 2 or out == target.endswith('.pt') or len(flags) > out or {*flags} - {*types}:
+        fail(f'python -m {usage}, with --type={" or ".join(types)} if you like; or back, to a .pt')
     if os.path.exists(target):
         fail(f'{target} exists: write to another, or remove it')
     try:
-        os.makedirs(os.path.dirname(target) or '.', exist_ok=True)
-        if source.endswith('.pt'):
-            model, tokenizer = read_checkpoint(source)
-            write(model, tokenizer, target, *flags)
-            lost = filter(vars(model.config).get, ('activations', 'kv_cache'))
-            print(f'wrote {target}', *(f'{key} are not rounded there as here' for key in lost),
-                  sep='; ')
-        else:
-            save(target, read(source))
-            print(f'wrote {target}; on data in its tokens: python train.py {target} '
-                  '--eval_only=True --dataset=..')
+        found = read_checkpoint(source) if out else read(source)
+        folder = os.path.dirname(os.path.abspath(target))
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            path = f'{unfinished}/ckpt.pt'
+            write(*found, path, *flags) if out else save(path, found)
+            os.replace(path, target)
     except ImportError as e:
         fail(f'{e}; pip install -r convert/requirements.txt')
     except Exception as e:      # damaged files, no network, ..: it may raise anything at all
         fail(f'cannot convert {source}: {e}')
+    lost = [key for key in ('activations', 'kv_cache') if out and getattr(found[0].config, key)]
+    with suppress(OSError):     # nobody need listen
+        print(f'wrote {target}', *(f'{key} may be rounded in another way there' for key in lost),
+              *[f'on data in its tokens: python train.py {target} --eval_only=True --dataset=..']
+              * (not out), sep='; ')

@@ -6,9 +6,9 @@ GGUF files, which llama.cpp and its kin run: a checkpoint out, a model in.
     python -m convert.gguf MODEL.gguf out/model/ckpt.pt         of architecture llama or gpt2
 
 Codes go out as they are, the scale of a group as that of each of its blocks, in float16: ternary
-as TQ2_0, integers of 2 to 4 bits as Q4_0, of 5 to 8 as Q8_0. What none of these holds is F16.
+as TQ2_0, integers of 2 to 4 bits as Q4_0, of 5 to 8 as Q8_0. What none of these holds is F16, or
+F32 beyond its range. Tokens of GPT-2 are decoded there without a space before punctuation.
 """
-import os
 import sys
 
 import numpy as np
@@ -50,7 +50,9 @@ def blocks(q, kind):
         return None
     # d, the scale of each block, beside its codes
     d = q.scale.reshape(len(q.scale), -1, 1).repeat_interleave(group // size or 1, 1).numpy()
-    d = np.broadcast_to(d, (n, width // size, 1)).astype(np.float16)
+    d, exact = np.broadcast_to(d, (n, width // size, 1)).astype(np.float16), d
+    if (abs(d - exact) > 1e-3 * exact).any():                           # beyond its range
+        return None
     codes = codes.view(n, -1, size).numpy()
     if kind[0] == 'T':                  # its d is the greatest |w| of a block, and that our scale
         w = (codes * d.astype(np.float32)).reshape(n, width)
@@ -67,10 +69,10 @@ def write(model, tokenizer, path, choice=''):
     import gguf
     c, n, special = model.config, tokenizer['vocab_size'], tokenizer['special'].values()
     pre = {pattern: name for name, pattern in PATTERNS.items()}.get(tokenizer['pattern'])
-    pre = 'gpt-2' if tokenizer['tokenizer'] == 'bytes' else pre         # nothing merges
+    pre = 'qwen2' if tokenizer['tokenizer'] == 'bytes' else pre         # nothing merges
     if not pre:
         raise ValueError('llama.cpp cuts no text as its tokenizer does; prepare the data anew')
-    out, (words, merges) = gguf.GGUFWriter(path + '.tmp', c.flavour), words_of(tokenizer)
+    out, (words, merges) = gguf.GGUFWriter(path, c.flavour), words_of(tokenizer)
     ours = vars(c) | {'n_kv_head': c.n_kv_head or c.n_head,
                       'hidden': model.h[0].mlp.c_proj.weight.shape[1]}
     for key, name in KEYS[c.flavour].items():
@@ -92,12 +94,13 @@ def write(model, tokenizer, path, choice=''):
                 break
         else:
             w = dequantize(q).numpy()
-            out.add_tensor(name, w.astype(FLOATS.get(choice, np.float16)) if w.ndim > 1 else w)
+            half = w.astype(FLOATS.get(choice, np.float16) if w.ndim > 1 else np.float32)
+            off = np.linalg.norm(half - w) > 1e-3 * np.linalg.norm(w)   # beyond its range
+            out.add_tensor(name, w if off or not np.isfinite(half).all() else half)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
-    os.replace(path + '.tmp', path)
 
 
 def read(path):
@@ -105,18 +108,39 @@ def read(path):
     import gguf
     file = gguf.GGUFReader(path)
     meta = {key: field.contents() for key, field in file.fields.items()}
-    flavour, pre = meta['general.architecture'], meta.get('tokenizer.ggml.pre')
-    get = lambda key, default=None: meta.get(f'{flavour}.{key}', default)
-    if flavour not in NAMES or pre not in PATTERNS or get('rope.scaling.type', 'none') != 'none':
-        raise ValueError(f'model.py has {", ".join(NAMES)}, with plain rope, and the tokenizers '
-                         f'{", ".join(PATTERNS)}; this is {flavour} with {pre}')
+    flavour, pre = meta.get('general.architecture'), meta.get('tokenizer.ggml.pre')
+    if flavour not in NAMES or pre not in PATTERNS or meta['tokenizer.ggml.model'] != 'gpt2':
+        raise ValueError(f'it is {flavour} with tokens of {pre}; model.py has {", ".join(NAMES)}, '
+                         f'and byte-level BPE as {", ".join(PATTERNS)}')
+    words, kinds = meta['tokenizer.ggml.tokens'], meta['tokenizer.ggml.token_type']
+    ids = {word: i for i, word in enumerate(words)}
+    # tiktoken merges by the ids of tokens, llama.cpp by a list: which must say the same
+    made = [ids.get(pair.replace(' ', ''), -1) for pair in meta['tokenizer.ggml.merges']]
+    normal = {i for i, (word, kind) in enumerate(zip(words, kinds)) if kind == 1 and len(word) > 1}
+    if made != sorted(made) or {*made} - {-1} != normal or not {*kinds} <= {1, 3} or \
+            not len(ids) == len(words) == len(kinds):
+        raise ValueError('its tokenizer does more than merge pairs in the order of its tokens')
+    found, default = {}, {'attention.head_count_kv': 0, 'rope.freq_base': Config.rope_theta}
+    meta = {key.removeprefix(f'{flavour}.'): value for key, value in meta.items()
+            if key.startswith(f'{flavour}.')}
+    for key, name in KEYS[flavour].items():
+        value = meta.pop(key, default.get(key))
+        if type(value) not in (int, float) or not value and key not in default:
+            raise ValueError(f'its {key} is {value}')
+        found[name] = type(vars(Config)[name])(value)
+    hs = found['n_embd'] // found['n_head']
+    same = {'vocab_size': len(words), 'rope.dimension_count': hs, 'attention.key_length': hs,
+            'attention.value_length': hs, 'attention.causal': True, 'rope.scaling.type': 'none'}
+    for key, value in meta.items():     # experts, windows, scaled rope: whatever is not known
+        if value != same.get(key):
+            raise ValueError(f'its {key} is {value}, which model.py has not')
     theirs = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
               for t in file.tensors}
     config = Config(flavour=flavour, bias=flavour == 'gpt2', tied='output.weight' not in theirs,
-                    **{name: get(key, vars(Config)[name]) for key, name in KEYS[flavour].items()})
-    words, kinds = meta['tokenizer.ggml.tokens'], meta['tokenizer.ggml.token_type']
-    special = {word: i for i, (word, kind) in enumerate(zip(words, kinds)) if kind != 1}
-    return imported(config, tokenizer_of(words, special, PATTERNS[pre]), NAMES[flavour], theirs)
+                    **found)
+    tokenizer = tokenizer_of(words, {word: ids[word] for word, kind in zip(words, kinds)
+                                     if kind != 1}, PATTERNS[pre])
+    return imported(config, tokenizer, NAMES[flavour], theirs)
 
 
 COMMAND = 'convert.gguf out/ternary/ckpt.pt ternary.gguf', (*BLOCKS, *FLOATS), write, read

