@@ -38,10 +38,10 @@ class Norm(nn.Module):
         self.rms, self.eps = config.flavour == 'llama', config.norm_eps
 
     def forward(self, x):
-        shape = self.weight.shape
+        w = self.weight
         if self.rms:
-            return F.rms_norm(x.float(), shape, self.weight, self.eps).to(x.dtype)
-        return F.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)
+            return F.rms_norm(x.float(), w.shape, w, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), w.shape, w, self.bias, self.eps).to(x.dtype)
 
 
 def rope(x, cos, sin):
@@ -254,9 +254,7 @@ class GPT(nn.Module):
         x, angles = self.embed(idx, len(caches[0]) if caches else 0)            # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, angles, caches[i] if caches else None)
-        x = self.ln_f(x)
-        if caches:
-            x = x[:, [-1]]                                                      # all we need
+        x = self.ln_f(x[:, [-1]] if caches else x)                              # all we need
         if targets is None:
             return self.lm_head(x).float()                                      # (B, T, vocab)
         return self.lm_head.loss(x, targets)

@@ -42,7 +42,7 @@ def rows():
     """{name: (method, Spec or type, layers that stay in int8)}, in the order of the table."""
     found = {'rtn int8/row': ('rtn', 'int8/row', '')}
     for bits in 4, 3, 2:
-        for group in 64, 'row', 32:
+        for group in (64, 'row', 32) if bits > 2 else (64,):        # with two all is lost anyway
             for scale in '', '/mse', '/asymmetric':
                 how = f'int{bits}/{group}{scale}'
                 found[f'rtn {how}'] = 'rtn', how, ''

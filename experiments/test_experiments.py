@@ -17,7 +17,7 @@ import torch
 import quant
 import train
 from data.corpus import prepare
-from experiments import (bench, direct, fuzz, ideas, no_gpu, pretraining, ptq, runs,
+from experiments import (bench, direct, fuzz, ideas, no_gpu, pretrained, pretraining, ptq, runs,
                          scaling)
 from model import GPT
 
@@ -370,3 +370,24 @@ def test_the_steps_of_the_scaling_experiment(tmp_path, monkeypatch, capsys):
     assert said[0] == 'given: compute of 1e+13 operations of 16 bits'
     assert [line.split()[2] for line in said[2:6]] == [
         'nats/byte,', 'weights,', 'bytes', 'bits,'], said[2:6]
+
+
+def test_rows_of_a_real_model_are_quantized_copies(monkeypatch):
+    """No row touches the base; `keep` leaves layers in int8; asymmetric rows have a zero point."""
+    torch.manual_seed(0)
+    base = GPT(train.Config(n_layer=2, n_head=2, n_embd=64, hidden=64, block_size=32), 64)
+    before = {name: t.clone() for name, t in base.state_dict().items()}
+    windows = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
+    full = pretrained.losses(pretrained.copy.deepcopy(base), windows)
+    monkeypatch.setattr(pretrained, 'rounded', lambda w, kind: (w.round(2), w.nbytes // 8))
+    data, results = dict.fromkeys(pretrained.TEXTS, (windows[:, :-1], windows)), []
+    for name, row in pretrained.rows().items():
+        results.append(pretrained.measure(name, row, base, data, dict.fromkeys(data, full)))
+        assert 2 < results[-1]['bits'] < 9 and results[-1]['english'] == results[-1]['python']
+    found = {r['name']: r['bits'] for r in results}
+    assert found['rtn int4/64'] == 4.5 and found['rtn int4/64/asymmetric'] == 5
+    assert found['gptq int4/64/mse, mlp.c_proj in int8/row'] > 4.5
+    assert all(torch.equal(t, before[name]) for name, t in base.state_dict().items())
+    first = {'name': 'full precision', **{text: {'loss': 1.0} for text in data}}
+    told = pretrained.table([first, *results])
+    assert all(f'| {name} |' in told for name in pretrained.rows())
