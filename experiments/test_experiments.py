@@ -17,8 +17,8 @@ import torch
 import quant
 import train
 from data.corpus import prepare
-from experiments import (bench, direct, fuzz, ideas, no_gpu, pretrained, pretraining, ptq, runs,
-                         scaling)
+from experiments import (bench, bits, direct, fuzz, ideas, memory, no_gpu, pretrained,
+                         pretraining, ptq, runs, scaling)
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,3 +391,14 @@ def test_rows_of_a_real_model_are_quantized_copies(monkeypatch):
     first = {'name': 'full precision', **{text: {'loss': 1.0} for text in data}}
     told = pretrained.table([first, *results])
     assert all(f'| {name} |' in told for name in pretrained.rows())
+
+
+def test_rows_of_memory_and_bits_are_runs():
+    found = memory.jobs([11], most=(2, 4))
+    assert len(found) == 10 and len(bits.jobs([11, 12, 13])) == 60          # two do not fit in 2
+    for job in (*found[::4], *bits.jobs([11])[::6]):
+        train.parse(job.args)
+    wide = {job.name: runs.keys(job.args)['n_embd'] for job in found}
+    assert wide['direct ternary, 4 MB'] > wide['direct ternary, 2 MB'] == 64
+    sizes = [memory.megabytes(memory.keys_of(name, 64)) for name in memory.RECIPES]
+    assert sizes == sorted(sizes, reverse=True)         # in the order of the table

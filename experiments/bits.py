@@ -1,0 +1,81 @@
+"""
+Where does a weight keep what it has learned? python -m experiments.bits
+
+Loss against all bits that last from one step to the next, of a weight of the blocks: its code, with
+its share of the scales, and its momentum, of which either may have few. v is a row and a column.
+The small model, 2,400 steps, text that is not read twice. Writes results/bits.jsonl, one line a
+run, .md and .png. 60 runs: about an hour and a half on two cores; finished ones are skipped.
+"""
+import argparse
+import os
+import statistics
+
+from experiments.runs import RESULTS, ROOT, SIZES, Job, arguments, losses, run_all
+
+# how codes are stored, and their rate, see experiments.direct
+CODES = {'ternary': 'config/ternary.py', **{
+    name: f'config/direct4.py stored={name}/row/stochastic' for name in ('int3', 'int4', 'int8')}}
+# how m is stored; none: beta1 = 0, and m is the gradient
+MOMENTA = {'none': 'beta1=0. ramp=0. threshold=0.', '2 bits': 'adam_m=int2/64/sqrt',
+           '4 bits': 'adam_m=int4/64/sqrt', '8 bits': 'adam_m=int8/row', '32 bits': 'adam_m='}
+
+
+def jobs(seeds):
+    return [Job(f'{code}, m of {m}', [*SIZES['small'], *arguments(
+        f'{CODES[code]} {MOMENTA[m]} max_iters=2400 warmup_iters=100 eval_interval=1000')], seed)
+        for seed in seeds for code in CODES for m in MOMENTA]
+
+
+def bits(result):
+    """Of a weight and of its momentum, read off what was held."""
+    size = result['bytes']['linear']
+    return 8 * size['weights'], 0.0 if 'of none' in result['name'] else 8 * size['optimizer']
+
+
+def draw(results, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, panel = pyplot.subplots(figsize=(7.5, 5), layout='constrained')
+    for code in CODES:
+        points = []
+        for m in MOMENTA:
+            found = [*losses(results, name := f'{code}, m of {m}').values()]
+            if found:
+                one = next(r for r in results if r['name'] == name)
+                points.append((sum(bits(one)), statistics.mean(found), m))
+        if points:
+            panel.plot(*list(zip(*points))[:2], 'o-', label=f'codes: {code}')
+            for x, y, m in points:
+                panel.annotate(m, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
+    panel.set(xscale='log', xlabel='bits of a weight that last: code, scale and momentum',
+              ylabel='validation loss, nats/token')
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(options):
+    stem, todo = RESULTS / 'bits', jobs(options.seeds)
+    results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
+    lines = ['# Loss against the bits of a weight that last', '',
+             '| codes | momentum | bits: code + momentum | val loss |', '|---|---|---|---|']
+    for code in CODES:
+        for m in MOMENTA:
+            found = [*losses(results, name := f'{code}, m of {m}').values()]
+            if found:
+                weight, momentum = bits(next(r for r in results if r['name'] == name))
+                lines.append(f'| {code} | {m} | {weight:.2f} + {momentum:.2f} | '
+                             + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
+    stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines))
+    draw(results, stem.with_suffix('.png'))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, nargs='*', default=[11, 12, 13])
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
+    os.chdir(ROOT)                                      # where config/ is
+    main(parser.parse_args())

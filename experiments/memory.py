@@ -1,0 +1,120 @@
+"""
+Loss against the memory of training, at equal tokens: python -m experiments.memory
+
+For 2, 4, 8, 16 and 32 MB of weights, optimizer states and the largest gradient (each is used at
+once: update_in_backward), the widest model of each recipe, trained on the same tokens, none twice.
+Rates go with the width as 1 / width, those of codes as its root. Writes results/memory.jsonl, one
+line a run, .md and .png. 60 runs: about three hours on two cores; finished ones are skipped.
+"""
+import argparse
+import os
+import statistics
+from dataclasses import replace
+
+import train
+from experiments.runs import RESULTS, ROOT, Job, arguments, keys, losses, run_all
+from model import GPT
+from quant import Optimizer, bytes_held, rtn_
+
+EIGHT_BITS = 'adam_m=int8/row adam_v=rank1 beta2=.999'
+RECIPES = {
+    'float32 AdamW': 'config/baseline.py', 'BitNet, 8-bit states': f'config/bitnet.py {EIGHT_BITS}',
+    'bfloat16 by chance, 8-bit states': f'stored=bf16/stochastic weight_decay=0 {EIGHT_BITS}',
+    'direct int8': 'config/direct8.py', 'direct int4': 'config/direct4.py',
+    'direct ternary': 'config/ternary.py'}
+MEGABYTES, STEPS = (2, 4, 8, 16, 32), 1200
+
+
+def config_of(text):
+    """The Config of keys that are right: not tried, which takes a second."""
+    return replace(train.Config(), **keys(arguments(text)))
+
+
+def keys_of(recipe, width):
+    """Keys for train.py of a recipe at a width."""
+    config = config_of(RECIPES[recipe])
+    rates = f'learning_rate={config.learning_rate * 256 / width:.3g}'
+    if config.code_lr:
+        rates += f' code_lr={config.code_lr * (256 / width) ** 0.5:.3g}'
+    return f'{RECIPES[recipe]} {rates} n_embd={width} n_head={width // 32} ' \
+        f'hidden={round(8 * width / 3 / 64) * 64} max_iters={STEPS} update_in_backward=True'
+
+
+def megabytes(text):
+    """Of weights, states and the largest gradient, of a model that is built."""
+    config = config_of(text)
+    model = GPT(config, 1024)
+    rtn_(model, config.stored)
+    size = bytes_held(model, Optimizer(model, config))
+    gradient = 4 * max(p.numel() for p in model.parameters())
+    return (size['weights'] + size['optimizer'] + gradient) / 1e6
+
+
+def parameters(args):
+    config = replace(train.Config(), **keys(args))
+    return sum(p.numel() for p in GPT(config, 1024).parameters())
+
+
+def jobs(seeds, most=MEGABYTES):
+    """The widest of each recipe within each budget, if one fits."""
+    found = []
+    for recipe in RECIPES:
+        sizes, width = {}, 64
+        while not sizes or max(sizes.values()) <= max(most):
+            sizes[width] = megabytes(keys_of(recipe, width))
+            width += 64
+        for budget in most:
+            fit = [width for width, size in sizes.items() if size <= budget]
+            found += [Job(f'{recipe}, {budget} MB', arguments(keys_of(recipe, max(fit))), seed)
+                      for seed in seeds if fit]
+    return found
+
+
+def draw(points, path):
+    """Loss against the memory of training, and against its operations: {recipe: [(megabytes,
+    operations, [losses])]}."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout='constrained')
+    for panel, axis, label in zip(panels, (0, 1), ('MB of weights, optimizer states and gradient',
+                                                   'operations of training, 6 N D')):
+        for recipe, found in points.items():
+            x, y = [p[axis] for p in found], [statistics.mean(p[2]) for p in found]
+            panel.plot(x, y, 'o-', label=recipe)
+        panel.set(xscale='log', xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].set_xticks(MEGABYTES, MEGABYTES)
+    panels[0].set(ylabel='validation loss, nats/token', title='The same tokens, and memory')
+    panels[1].set_title('The same runs by what they compute')
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(options):
+    stem, todo = RESULTS / 'memory', jobs(options.seeds)
+    results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
+    points, lines = {}, ['# Loss against the memory of training', '',
+                         '| recipe | MB | parameters | tokens a parameter | val loss |',
+                         '|---|---|---|---|---|']
+    for recipe in RECIPES:
+        for most in MEGABYTES:
+            found = [*losses(results, name := f'{recipe}, {most} MB').values()]
+            if found:
+                args = next(job.args for job in todo if job.name == name)
+                n, tokens = parameters(args), STEPS * 2048
+                points.setdefault(recipe, []).append((most, 6 * n * tokens, found))
+                lines.append(f'| {recipe} | {most} | {n / 1e6:.2f}M | {tokens / n:.1f} | '
+                             + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
+    stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines))
+    draw(points, stem.with_suffix('.png'))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, nargs='*', default=[11, 12])
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
+    os.chdir(ROOT)                                      # where config/ is
+    main(parser.parse_args())
