@@ -7,7 +7,7 @@ was calibrated on, 32 windows of 512 tokens each: Python, files of sympy, and En
 half of pydoc_data.topics. GPTQ calibrates on 64 windows of other files and 64 of the first half.
 
 One line a row goes to results/pretrained.jsonl, and rows that are there are skipped; pretrained.md
-is the table. On two cores a row takes half a minute, by GPTQ three; all take an hour and a half.
+is the table. On two cores a row takes a minute, by GPTQ four; all take about two hours.
 """
 import argparse
 import copy
