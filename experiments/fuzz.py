@@ -46,6 +46,7 @@ KEYS = {
     'tied': (True, False), 'bias': (False, True), 'quantize_head': (True, False),
     'dropout': (0.0, 0.2), 'init_gain': (0.0, 0.7), 'batch_size': (2, 3), 'grad_accum': (1, 2),
     'sequences': (0, 20), 'sample_tokens': (0, 28), 'dtype': ('float32', 'bfloat16'),
+    'keep': ('h.0', 'mlp', 'attn.c_proj'), 'temperature': (0.0, 1.0), 'top_k': (0, 5),
     'backward': ('ste', 'full', 'fold', 'requantize'), 'gradients_in': ('both', 'dx', 'dw'),
     'compute': ('float', 'codes'), 'optimizer': ('adamw', 'muon'),
     'learning_rate': (1e-3, 1e-2), 'embedding_lr': (0.0, 1e-2), 'weight_decay': (0.0, 0.1),
