@@ -583,7 +583,8 @@ def main(argv):
     except (MemoryError, RuntimeError) as e:
         if 'memory' not in f'{e!r}'.lower():
             raise                           # a mistake in this program
-        fail(f'out of memory: lower batch_size and raise grad_accum ({str(e)[:99]})', own=True)
+        what = 'sequences' if config.ptq else 'batch_size and raise grad_accum'
+        fail(f'out of memory: lower {what} ({str(e)[:99]})', own=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
