@@ -118,7 +118,7 @@ class Config:
     log_interval: int = 10
     prompt: str = '\nclass'      # the sample continues it
     sample_tokens: int = 256
-    samples: int = 1
+    samples: int = 1             # so many, from seed, seed + 1, ..
     temperature: float = 0.8     # 0: always the likeliest token
     top_k: int = 200             # of so many tokens; 0: of all
     device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several

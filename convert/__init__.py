@@ -146,7 +146,7 @@ def main(argv, usage, types, write, read):
         folder = os.path.dirname(os.path.abspath(target))
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            path = f'{unfinished}/ckpt.pt'
+            path = f'{unfinished}/new'
             write(*found, path, *flags) if out else save(path, found)
             os.replace(path, target)
     except ImportError as e:

@@ -6,11 +6,10 @@ its share of the scales, and its momentum, of which either may have few. v is a 
 The small model, 2,400 steps, text that is not read twice. Writes results/bits.jsonl, one line a
 run, .md and .png. 60 runs: about an hour and a half on two cores; finished ones are skipped.
 """
-import argparse
-import os
 import statistics
 
-from experiments.runs import RESULTS, ROOT, SIZES, Job, arguments, losses, run_all
+from experiments.runs import (RESULTS, SIZES, Job, arguments, losses, options_of, report,
+                              run_all)
 
 # how codes are stored, and their rate, see experiments.direct
 CODES = {'ternary': 'config/ternary.py', **{
@@ -67,15 +66,9 @@ def main(options):
                 weight, momentum = bits(next(r for r in results if r['name'] == name))
                 lines.append(f'| {code} | {m} | {weight:.2f} + {momentum:.2f} | '
                              + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
-    stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    print('\n'.join(lines))
+    report(stem, lines)
     draw(results, stem.with_suffix('.png'))
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, nargs='*', default=[11, 12, 13])
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
-    os.chdir(ROOT)                                      # where config/ is
-    main(parser.parse_args())
+    main(options_of(__doc__, [11, 12, 13]))

@@ -16,7 +16,7 @@ import os
 import statistics
 
 from experiments.runs import (RESULTS, ROOT, SIZES, Job, arguments, claim_lines, losses,
-                              results_of, run_all, table)
+                              report, results_of, run_all, table)
 
 BASE, BITNET, TERNARY = 'full precision', 'BitNet b1.58', 'direct ternary'
 CONFIGS = {BASE: 'config/baseline.py', BITNET: 'config/bitnet.py', TERNARY: 'config/ternary.py'}
@@ -239,8 +239,7 @@ def main(options):
             reference = reference if losses(results, reference) else BITNET
             lines += ['', f'**{section}**, differences from {reference}', '',
                       *table(results, reference, names)]
-    stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    print('\n'.join(lines))
+    report(stem, lines)
     if losses(results, TERNARY):
         draw(results, stem.with_suffix('.png'))
 

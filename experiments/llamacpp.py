@@ -25,8 +25,7 @@ from config import fail
 from convert import gguf, read_checkpoint
 from data.corpus import folder_of, read_dataset
 from data.tokenizer import encoding
-from experiments.bench import machine
-from experiments.runs import RESULTS
+from experiments.runs import RESULTS, machine
 
 NOTHING = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)(lambda *_: None)   # of its log
 F32, BYTES = 0, 256         # a ggml_type; more than any struct of options has
@@ -147,6 +146,7 @@ def compare(path, windows=64):
     for layer in model.modules():
         if hasattr(layer, 'how'):
             layer.how = replace(layer.how, activations=None, compute='float')
+        layer.kv_cache = None
     floats = model(x)[..., :n].log_softmax(-1)
     texts = enc.decode(val[:200_000].tolist()).split('<|endoftext|>')[:20]
     with tempfile.TemporaryDirectory() as folder:

@@ -6,13 +6,12 @@ once: update_in_backward), the widest model of each recipe, trained on the same 
 Rates go with the width as 1 / width, those of codes as its root. Writes results/memory.jsonl, one
 line a run, .md and .png. 60 runs: about three hours on two cores; finished ones are skipped.
 """
-import argparse
-import os
 import statistics
 from dataclasses import replace
 
 import train
-from experiments.runs import RESULTS, ROOT, Job, arguments, keys, losses, run_all
+from experiments.runs import (RESULTS, Job, arguments, keys, losses, options_of, report,
+                              run_all)
 from model import GPT
 from quant import Optimizer, bytes_held, rtn_
 
@@ -106,15 +105,9 @@ def main(options):
                 points.setdefault(recipe, []).append((most, 6 * n * tokens, found))
                 lines.append(f'| {recipe} | {most} | {n / 1e6:.2f}M | {tokens / n:.1f} | '
                              + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
-    stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    print('\n'.join(lines))
+    report(stem, lines)
     draw(points, stem.with_suffix('.png'))
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, nargs='*', default=[11, 12])
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
-    os.chdir(ROOT)                                      # where config/ is
-    main(parser.parse_args())
+    main(options_of(__doc__, [11, 12]))

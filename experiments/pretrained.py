@@ -29,9 +29,8 @@ from config import fail
 from convert import gguf, read_checkpoint
 from data.corpus import read_files, split_files
 from data.tokenizer import encoding
-from experiments.bench import machine
 from experiments.llamacpp import rounded
-from experiments.runs import RESULTS, ROOT
+from experiments.runs import RESULTS, ROOT, machine
 from quant import dequantize, gptq_, linears, quantize, rtn_
 from train import pick_dtype
 
@@ -136,7 +135,8 @@ def measure(name, row, base, data, full):
     """A line of results."""
     idx, began = torch.cat([calibration for calibration, _ in data.values()]), time.perf_counter()
     model, bits = quantized(base, *row, idx)
-    result = {'name': name, 'bits': bits, 'seconds': time.perf_counter() - began}
+    result = {'name': name, 'bits': bits, 'seconds': time.perf_counter() - began,
+              'threads': torch.get_num_threads()}
     for text, (_, windows) in data.items():
         rise = losses(model, windows) - full[text]
         # of the mean, 95 % by Student's t of 31 degrees of freedom
@@ -150,7 +150,7 @@ def table(results):
     first, *rest = results
     lines = [f'| {r["name"]} | {r["bits"]:.2f} | ' + ' | '.join(
         f'{r[text]["rise"]:+.3f} ± {r[text]["within"]:.3f}' for text in TEXTS)
-        + f' | {r["seconds"]:.0f} |' for r in rest]
+        + f' | {r["seconds"]:.0f} s, {r["threads"]} |' for r in rest]
     whole = ', '.join(f'{text} {first[text]["loss"]:.4f}' for text in TEXTS)
     return '\n'.join([
         '# SmolLM2-135M after quantization', '',
@@ -159,7 +159,7 @@ def table(results):
         'lose nothing, and is no evidence. int4/32/asymmetric is another grid, as its zero points',
         'are integers. Where blocks of 256 do not divide a row, llama.cpp takes IQ4_NL instead.',
         '',
-        '| | bits | English | Python | seconds |', '|---|---|---|---|---|', *lines, ''])
+        '| | bits | English | Python | time, threads |', '|---|---|---|---|---|', *lines, ''])
 
 
 def main():
@@ -171,7 +171,6 @@ def main():
     if path.exists():
         done = {r['name']: r for r in map(json.loads, path.read_text('utf-8').splitlines())}
     wanted = {name: row for name, row in rows().items() if args.rows in name and name not in done}
-    wanted = dict(sorted(wanted.items(), key=lambda item: '64' not in item[0]))     # these first
     base, tokenizer, difference = load()
     data = texts(tokenizer)
     full = {text: losses(copy.deepcopy(base), windows) for text, (_, windows) in data.items()}
@@ -181,7 +180,7 @@ def main():
              **{text: {'loss': x.mean().item()} for text, x in full.items()}}
     for name, row in wanted.items():
         done[name] = measure(name, row, base, data, full) | {
-            'threads': torch.get_num_threads(), 'date': str(date.today()), 'machine': machine()}
+            'date': str(date.today()), 'machine': machine()}
         print(json.dumps(done[name]), flush=True)
         lines = [first, *(done[n] for n in rows() if n in done)]
         path.write_text(''.join(json.dumps(r) + '\n' for r in lines), 'utf-8')

@@ -5,6 +5,7 @@ A run is a name, arguments for train.py and a seed. Finished runs are found in t
 skipped, unfinished ones go on from their checkpoint, so a program that is interrupted goes on
 where it stopped. Runs of one seed see the same data in the same order: comparisons are paired.
 """
+import argparse
 import hashlib
 import io
 import json
@@ -204,6 +205,22 @@ def results_of(path, jobs):
 
 # ------------------------------------------------------------------------------------------------
 # comparisons
+
+def options_of(doc, seeds):
+    """The options of a program whose runs have seeds: --seeds and --jobs."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, nargs='*', default=seeds)
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
+    os.chdir(ROOT)                                      # where config/ is
+    return parser.parse_args()
+
+
+def report(stem, lines):
+    """Write the lines of a table beside the results, and print them."""
+    stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines))
+
 
 def show(result):
     return 'not finite' if result['val_loss'] is None else f"{result['val_loss']:.4f}"
