@@ -835,9 +835,10 @@ class Optimizer:
         # (beta1, bias1, tau), of weights of Linears, whose m may grow longer, and of all else
         ramped = beta1, bias1, c.threshold * math.sqrt(self.noise) / bias1
         usual = c.beta1, 1 - c.beta1 ** self.t, 0.0
-        others = c.embedding_lr or c.learning_rate
-        kinds = {'direct': (c.code_lr, 0.0, ramped), 'scale': (c.scale_lr, 0.0, usual),
-                 **dict.fromkeys(('muon', 'linear'), (c.learning_rate, c.weight_decay, ramped)),
+        others, narrow = c.embedding_lr or c.learning_rate, c.base_width / c.n_embd
+        lr, code_lr = c.learning_rate * narrow, c.code_lr * narrow ** 0.5
+        kinds = {'direct': (code_lr, 0.0, ramped), 'scale': (c.scale_lr, 0.0, usual),
+                 **dict.fromkeys(('muon', 'linear'), (lr, c.weight_decay, ramped)),
                  'matrix': (others, c.weight_decay, usual), 'vector': (others, 0.0, usual)}
         rates = [Rates(schedule * lr, schedule * lr * decay, beta1, c.beta2, bias1, bias2, c.eps,
                        tau, clip) for lr, decay, (beta1, bias1, tau) in kinds.values()]

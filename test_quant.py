@@ -36,7 +36,7 @@ from train import Config
 
 ROOT = Path(__file__).parent
 CONFIGS = sorted(ROOT.glob('config/[!_]*.py'))
-SIZES = 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b'
+SIZES = 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b'
 STRATEGIES = [path.stem for path in CONFIGS if path.stem not in SIZES]
 TERNARY = 'ternary/row/absmean/stochastic'
 TORCHRUN = '-m', 'torch.distributed.run', '--standalone'
@@ -543,13 +543,14 @@ def test_the_momentum_ramp_is_a_weighted_mean():
 def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
     model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0.0)
     before, optimizer = copy.deepcopy(model.state_dict()), Optimizer(model, model.config)
+    rate = 1e-3 * model.config.base_width / model.config.n_embd
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
         step, block, state = before[name] - p, name in linears(model), optimizer.state[name]
         assert len(state) == 2 - (block and kind == 'muon')
-        assert len(state) == 1 or close(step, torch.tensor(1e-3 if block else 0.5), 1e-2)
+        assert len(state) == 1 or close(step, torch.tensor(rate if block else 0.5), 1e-2)
 
 
 def test_no_flips_below_the_threshold():
@@ -865,11 +866,11 @@ def test_compiled_is_eager(args, small, capture):
         run = train.Run(train.parse([*args, f'--compile={how}']), 0, 1)
         for step in range(5):
             if step == 3:
-                run.evaluate(256)
+                run.evaluate(256, run.val_data)
                 count = len(capture)
             run.advance()
         ends.append([*run.model.state_dict().values(), *state_of(run.optimizer)])
-    run.evaluate(256)
+    run.evaluate(256, run.val_data)
     assert all(map(torch.equal, *ends)) and len(capture) == count > 3
 
 
@@ -1243,7 +1244,7 @@ def test_a_packed_checkpoint_is_the_quantized_model(how, bits, small, full, tmp_
     assert packed.stat().st_size < most and path.read_bytes() == before
     assert -0.1 < done['val_loss'] - loss['val_loss'] < (0.01 if bits == 8 else 2)
     run = train.Run(train.parse([str(packed), '--eval_only=True']), 0, 1)
-    assert run.evaluate(1024)['val_loss'] == done['val_loss']               # bit for bit
+    assert run.evaluate(1024, run.val_data) == done['val_loss']               # bit for bit
     assert 'no optimizer state' in error(f'--out_dir={packed.parent}', '--init_from=resume')
 
 

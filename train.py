@@ -76,8 +76,9 @@ class Config:
 
     # the optimizer: linear warm-up, cosine to min_lr
     optimizer: str = 'adamw'     # or muon, for full-precision weights of block linears
-    learning_rate: float = 0.75e-3
+    learning_rate: float = 0.75e-3  # of block linears, at a width of base_width
     embedding_lr: float = 6e-3   # of embeddings, head, norms and biases; 0: learning_rate
+    base_width: int = 256        # learning_rate goes as base_width / n_embd, code_lr as its root
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
     max_iters: int = 2400        # resumed with more, a run follows the schedule of the new length
@@ -350,9 +351,9 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @torch.no_grad()
-    def evaluate(self, most):
-        """Loss, in nats per token and bits per byte, of windows all over val, of `most` tokens."""
-        T, B, data = self.config.block_size, self.config.batch_size, self.val_data
+    def evaluate(self, most, data):
+        """Loss, in nats per token, of windows all over the ids `data`, of `most` tokens."""
+        T, B = self.config.block_size, self.config.batch_size
         n = max(1, min(most // T, (len(data) - 1) // T))
         # the same windows whatever the number of processes; a rank takes every world-th batch
         starts = np.linspace(0, len(data) - 1 - T, n).astype(np.int64)
@@ -368,18 +369,18 @@ class Run:
         if self.world > 1:
             total = total.to(self.device)
             dist.all_reduce(total)
-        loss = (total[0] / total[1]).item()
-        self.check_finite(loss, 'val loss')
-        return {'val_loss': loss, 'val_bpb': loss / math.log(2) / self.meta['bytes_per_token']}
+        return (total[0] / total[1]).item()
 
     def report(self, most, **more):
         """Evaluate, look at the health of quantization, log both; what to print of it."""
-        result = self.evaluate(most)
+        loss = self.evaluate(most, self.val_data)
+        self.check_finite(loss, 'val loss')
+        bpb = loss / math.log(2) / self.meta['bytes_per_token']
         x, _ = self.batch(self.val_data, [0])
         with torch.compiler.set_stance('force_eager'):               # it hooks into the layers
-            more['health'] = health(self.model, x)
-        self.line(iter=self.step, tokens=self.step * self.tokens, **result, **more)
-        return f'val loss {result["val_loss"]:.4f} nats/token, {result["val_bpb"]:.4f} bits/byte'
+            more |= {'val_bpb': bpb, 'health': health(self.model, x)}
+        self.line(iter=self.step, tokens=self.step * self.tokens, val_loss=loss, **more)
+        return f'val loss {loss:.4f} nats/token, {bpb:.4f} bits/byte'
 
     def save(self):
         """Write ckpt.pt, if it is worth it; what was quantized is then a model like any other."""
@@ -526,8 +527,9 @@ class Run:
         """The last evaluation, a sample, and a summary."""
         config, out, levels = self.config, self.config.out_dir, level_shares(self.model)
         size = bytes_held(self.model, self.optimizer)
+        seen = self.evaluate(config.final_tokens // 8, self.train_data)
         says = self.report(config.final_tokens, done=True, bytes=size, levels=levels,
-                           seconds=self.seconds)
+                           seconds=self.seconds, loss_on_train=seen) + f'; on train.bin {seen:.4f}'
         if config.sample_tokens and self.rank == 0:
             self.sample()
         self.say(says)

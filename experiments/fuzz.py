@@ -55,7 +55,7 @@ KEYS = {
     'code_lr': (0.0, 0.1, 0.8), 'scale_lr': (0.0, 0.01), 'threshold': (0.0, 2.0),
     'ramp': (0.0, 20.0), 'log_interval': (1, 3), 'eval_interval': (1, 3)}
 STRATEGIES = [path for path in sorted(ROOT.glob('config/*.py')) if path.stem not in
-              ('__init__', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]
+              ('__init__', 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]
 
 
 class Failure(Exception):

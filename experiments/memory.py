@@ -3,7 +3,7 @@ Loss against the memory of training, at equal tokens: python -m experiments.memo
 
 For 2, 4, 8, 16 and 32 MB of weights, optimizer states and the largest gradient (each is used at
 once: update_in_backward), the widest model of each recipe, trained on the same tokens, none twice.
-Rates go with the width as 1 / width, those of codes as its root. Writes results/memory.jsonl, one
+Writes results/memory.jsonl, one
 line a run, .md and .png. 60 runs: about three hours on two cores; finished ones are skipped.
 """
 import statistics
@@ -31,11 +31,7 @@ def config_of(text):
 
 def keys_of(recipe, width):
     """Keys for train.py of a recipe at a width."""
-    config = config_of(RECIPES[recipe])
-    rates = f'learning_rate={config.learning_rate * 256 / width:.3g}'
-    if config.code_lr:
-        rates += f' code_lr={config.code_lr * (256 / width) ** 0.5:.3g}'
-    return f'{RECIPES[recipe]} {rates} n_embd={width} n_head={width // 32} ' \
+    return f'{RECIPES[recipe]} n_embd={width} n_head={width // 32} ' \
         f'hidden={round(8 * width / 3 / 64) * 64} max_iters={STEPS} update_in_backward=True'
 
 

@@ -238,7 +238,7 @@ def post_training(run):
     for how in ('', 'int8/row', 'int4/row', 'int3/row', 'ternary/row/absmean'):
         for layer in layers(run).values():
             layer.how = How(weights=how)
-        found[how] = run.evaluate(run.config.final_tokens)['val_loss']
+        found[how] = run.evaluate(run.config.final_tokens, run.val_data)
     return found
 
 

@@ -16,8 +16,8 @@ import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,13 +30,13 @@ import quant
 import train
 from config import read_arg
 from experiments.ideas import trying
+from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results'
 
 SIZES = {  # name: arguments for train.py that come before all others
-    'small': ['--n_embd=128', '--hidden=384', '--block_size=128', '--batch_size=16',
-              '--max_iters=400', '--warmup_iters=40'],
+    'small': ['config/small.py'],
     'default': [],
     'large': ['--n_layer=8', '--n_embd=640', '--n_head=10', '--batch_size=4', '--max_iters=5000',
               '--warmup_iters=200'],                                            # 41M, 11 times
@@ -111,6 +111,12 @@ def read(path):
         return [json.loads(line) for line in f]
 
 
+def weights(config):
+    """How many the block linears have."""
+    with torch.device('meta'):
+        return sum(m.weight.numel() for m in quant.linears(GPT(config, 1024)).values())
+
+
 def load(job, *more):
     """The model of a job whose checkpoint is still there, as train.py builds it from that and from
     `more` arguments: a Run."""
@@ -128,7 +134,8 @@ def run_one(job):
     args = ['--init_from=resume'] if unfinished else \
         [*plain(job.args), f'--seed={job.seed}', '--sample_tokens=0', '--overwrite=True']
     torch._dynamo.reset()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), trying(idea(job.args)):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
+            trying(idea(job.args)), probed():
         try:
             train.main([*args, f'--out_dir={job.folder}'])
         except SystemExit as e:
@@ -142,22 +149,58 @@ def run_one(job):
     curve = [[e['iter'], e['flips'] if 'flips' in e else None, e['train_loss']]
              for e in log if 'train_loss' in e]
     kept = {'val_loss': None, 'failed': failed.split(';')[0]} if failed else \
-        {key: last[key] for key in ('val_loss', 'val_bpb', 'bytes', 'levels', 'seconds')}
+        {key: last[key] for key in ('val_loss', 'val_bpb', 'loss_on_train', 'tokens', 'bytes',
+                                    'levels', 'seconds')}
+    tests = [[e['iter'], e['val_loss'], e.get('copying')] for e in log if 'val_loss' in e]
     coarse = 'ternary' in given.get('stored', '') + given.get('weights', '')
     if not failed and given.get('stored') and not given.get('ptq') and not coarse:
         run = load(job, '--weights=ternary/row/absmean')
-        kept['loss_as_ternary'] = run.evaluate(run.config.final_tokens)['val_loss']
+        kept['loss_as_ternary'] = run.evaluate(run.config.final_tokens, run.val_data)
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': job.mark, **kept,
-            'curve': curve[::max(1, len(curve) // 20)], 'threads': torch.get_num_threads(),
+            'weights': weights(train.Config(**first['config'])),
+            'curve': curve[::max(1, len(curve) // 20)], 'evaluations': tests,
+            'threads': torch.get_num_threads(),
             'sha256': first['sha256'], **first['versions'], 'machine': machine(),
             'date': str(date.today())}
 
 
-def start_worker(threads):
-    """Of a process that will train: its threads and memory, and the noise of stochastic rounding
-    compiled, which is the same to the bit, but eager takes half the time of runs that quantize
-    g."""
+@torch.no_grad()
+def copying(run):
+    """How much less a sequence of random tokens costs the second time, in nats per token: nothing
+    before a model can copy, up to the log of the vocabulary after."""
+    n = run.config.block_size // 2
+    few = torch.randint(run.meta['vocab_size'], (8, n), generator=torch.Generator().manual_seed(0))
+    x = torch.cat((few, few, few[:, :1]), 1).to(run.device)
+    with torch.compiler.set_stance('force_eager'):
+        first = run.model.eval()(x[:, :n], x[:, 1:n + 1]).item()
+        second = 2 * run.model(x[:, :-1], x[:, 1:]).item() - first
+    run.model.train()
+    return first - second
+
+
+@contextmanager
+def probed():
+    """Within, the log line of an evaluation also says what the model copies."""
+    report = train.Run.report
+
+    def with_copying(run, *args, **more):
+        return report(run, *args, copying=copying(run), **more)
+
+    train.Run.report = with_copying
+    try:
+        yield
+    finally:
+        train.Run.report = report
+
+
+def start_worker(threads, free=None):
+    """Of a process that will train: its threads, cores and memory, and the noise of stochastic
+    rounding compiled, which is the same to the bit, but eager takes half the time of runs that
+    quantize g."""
     torch.set_num_threads(threads)
+    if free and hasattr(os, 'sched_setaffinity'):
+        ours = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {ours[free.get()] for _ in range(threads)})
     train.tell_system()
     noise = torch.compile(quant.uniform, dynamic=True)
     try:
@@ -174,10 +217,16 @@ def run_all(path, todo, jobs, keep=(), run=run_one):
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
     spawn = get_context('spawn')
-    with ProcessPoolExecutor(jobs, spawn, start_worker, (threads,)) as pool:
+    free = spawn.SimpleQueue()              # a worker takes its cores from here
+    for i in range(jobs * threads):
+        free.put(i % cores())
+    with ProcessPoolExecutor(jobs, spawn, start_worker, (threads, free)) as pool:
         missing = {job.mark: job for job in todo if job.mark not in done}      # each once
         keep = {job.mark for job in todo if job.name in keep}
         pending = {pool.submit(run, job): job for job in missing.values()}
+        hours = sum(map(seconds, missing.values())) / min(jobs, cores()) / 3600
+        tqdm.write(f'{path.name}: {len(missing)} of {len(todo)} runs to train, about {hours:.1f} '
+                   'hours where a core takes 4e10 weights times tokens a second')
         try:
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()
@@ -192,6 +241,12 @@ def run_all(path, todo, jobs, keep=(), run=run_one):
             for future in pending:
                 future.cancel()
     return results_of(path, todo)
+
+
+def seconds(job):
+    """About what it takes to train, on one core."""
+    c = replace(train.Config(), **{k: v for k, v in keys(job.args).items() if k != 'checkpoint'})
+    return weights(c) * c.max_iters * c.grad_accum * c.batch_size * c.block_size / 4e10
 
 
 def results_of(path, jobs):
@@ -238,60 +293,84 @@ def differences(results, a, b):
     return [100 * (a[seed] / b[seed] - 1) for seed in a if b.get(seed, math.inf) < math.inf]
 
 
+def interval(values):
+    """Mean, and half the width of its 95 % interval by Student's t; of one value nan, inf if one
+    is."""
+    from scipy.stats import t
+    n, mean = len(values), statistics.mean(values)
+    if math.inf in values:
+        return mean, 0.0
+    return mean, t.ppf(0.975, n - 1) * statistics.stdev(values) / n ** 0.5 if n > 1 else math.nan
+
+
 def compare(results, a, b):
-    """Mean and standard error of loss(a) / loss(b) - 1 in percent over the seeds that both have;
-    of a single seed the error is nan, and without any, so is the mean."""
+    """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair."""
     percent = differences(results, a, b)
-    if math.inf in percent:
-        return math.inf, 0.0
-    if not percent:
-        return math.nan, math.nan
-    error = statistics.stdev(percent) / len(percent) ** 0.5 if len(percent) > 1 else math.nan
-    return statistics.mean(percent), error
+    return interval(percent) if percent else (math.nan, math.nan)
 
 
-def verdict(results, a, b, sign, percent):
-    """'loss(a) <= (1 + percent / 100) loss(b)' (sign '<=', or '>='), as `decide` says."""
-    mean, error = compare(results, a, b)
-    margin = (percent - mean) * (1 if sign == '<=' else -1)
-    seeds = len(differences(results, a, b))
-    spread = ' %, one seed' if math.isnan(error) else f' ± {error:.2f} %'
-    numbers = f'{mean:+.2f}{spread}, wanted {sign} {percent:+g} %'
-    return decide(margin, error, seeds), numbers
+def chance(values, bound):
+    """The chance that a mean is so far from `bound` by luck alone: two-sided, by Student's t."""
+    from scipy.stats import ttest_1samp
+    if math.inf in values or len(set(values)) == 1 < len(values):
+        return 0.0
+    return float(ttest_1samp(values, bound).pvalue) if len(values) > 1 else 1.0
 
 
-def decide(margin, error, seeds):
-    """PASS or FAIL if a margin lies on that side of zero by so many of its standard errors that
-    chance would do it in 5 % of all cases (Student's t, one-sided), else UNRESOLVED."""
-    t = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13}.get(seeds, 2.0)
-    return 'UNRESOLVED' if not abs(margin) >= t * error else 'PASS' if margin > 0 else 'FAIL'
+def decide(claims):
+    """A word for each of a family of claims [(values, '<=' or '>=', bound)] about a mean: PASS or
+    FAIL if it lies on that side of the bound, at 95 % for all of them together (Holm), else
+    UNRESOLVED."""
+    chances = [chance(values, bound) for values, _, bound in claims]
+    words, order = [''] * len(claims), sorted(range(len(claims)), key=chances.__getitem__)
+    for rank, i in enumerate(order):
+        values, sign, bound = claims[i]
+        sure = chances[i] * (len(claims) - rank) < 0.05
+        good = (statistics.mean(values) <= bound) == (sign == '<=')
+        words[i] = 'UNRESOLVED' if not sure else 'PASS' if good else 'FAIL'
+        if not sure:
+            break               # nor are those after it
+    return [word or 'UNRESOLVED' for word in words]
 
 
 def claim_lines(results, claims):
-    """Lines of a markdown table of verdicts; claims [(of, text, a, sign, percent, b)]."""
-    lines = ['| of | claim | run, against | | |', '|---|---|---|---|---|']
-    for of, text, a, sign, percent, b in claims:
-        if losses(results, a) and losses(results, b):
-            said, numbers = verdict(results, a, b, sign, percent)
-            lines.append(f'| {of} | {text} | {a}, {b} | **{said}** | {numbers} |')
+    """Lines of a markdown table of verdicts; claims [(of, text, a, sign, percent, b)] say that
+    loss(a) is so many percent above loss(b), at most or at least."""
+    claims = [c for c in claims if differences(results, c[2], c[5])]
+    words = decide([(differences(results, a, b), sign, percent)
+                    for _, _, a, sign, percent, b in claims])
+    lines = ['| of | claim | run, against | | mean and 95 % interval |', '|---|---|---|---|---|']
+    for word, (of, text, a, sign, percent, b) in zip(words, claims):
+        found = percents(compare(results, a, b))
+        lines.append(f'| {of} | {text} | {a}, {b} | **{word}** | {found}, wanted {sign} '
+                     f'{percent:+g} % |')
     return lines
+
+
+def percents(found):
+    """An interval in words."""
+    mean, half = found
+    if math.isnan(mean) or math.isinf(mean):
+        return '' if math.isnan(mean) else 'not finite'
+    between = '' if math.isnan(half) else f' [{mean - half:+.2f}, {mean + half:+.2f}]'
+    return f'{mean:+.2f} %{between}'
 
 
 def table(results, reference, names=None):
     """Lines of a markdown table: loss over seeds, difference from `reference`, and bytes."""
-    lines = ['| run | seeds | val loss, nats/token | difference | bytes: weight + states |',
-             '|---|---|---|---|---|']
+    lines = ['| run | seeds | val loss | train loss | difference, 95 % interval | tokens a weight '
+             '| bytes: weight + states |', '|---|---|---|---|---|---|---|']
     for name in names or dict.fromkeys(r['name'] for r in results):
         rows = [r for r in results if r['name'] == name]
         values = list(losses(results, name).values())
         if math.inf in values:
-            lines.append(f'| {name} | {len(rows)} | not finite | | |')
+            lines.append(f'| {name} | {len(rows)} | not finite | | | | |')
             continue
         spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
-        mean, error = compare(results, name, reference)
-        error = '' if math.isnan(error) else f' ± {error:.1f}'
-        difference = '' if math.isnan(mean) else f'{mean:+.1f}{error} %'
-        size = rows[0]['bytes']['linear']
-        lines.append(f'| {name} | {len(rows)} | {statistics.mean(values):.3f}{spread} | '
-                     f'{difference} | {size["weights"]:.2f} + {size["optimizer"]:.2f} |')
+        size, seen = rows[0]['bytes']['linear'], statistics.mean(r['loss_on_train'] for r in rows)
+        difference = '' if name == reference else percents(compare(results, name, reference))
+        lines.append(
+            f'| {name} | {len(rows)} | {statistics.mean(values):.4f}{spread} | {seen:.4f} | '
+            f'{difference} | {rows[0]["tokens"] / rows[0]["weights"]:.1f} | '
+            f'{size["weights"]:.2f} + {size["optimizer"]:.2f} |')
     return lines

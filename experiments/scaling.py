@@ -340,7 +340,7 @@ def measure(job):
                     rtn_(run.model, f'int{bits}/row')
                 else:
                     gptq_(run.model, f'int{bits}/row', run.sequences())
-                result[how][bits] = run.evaluate(config.final_tokens)['val_loss']
+                result[how][bits] = run.evaluate(config.final_tokens, run.val_data)
     return result
 
 

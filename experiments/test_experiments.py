@@ -205,20 +205,28 @@ def test_what_pretraining_looks_at(small, elsewhere, monkeypatch):
 
 
 def test_a_verdict_needs_more_than_chance():
+    pytest.importorskip('scipy')
     lines = lambda name, losses: [{'name': name, 'seed': i, 'val_loss': x}
                                   for i, x in enumerate(losses)]
     results = lines('base', [2.0, 3.0, 4.0]) + lines('better', [1.98, 2.97, 3.96]) + \
         lines('alike', [2.02, 3.0, 3.96]) + lines('broken', [2.0, None, 4.0])
     results += lines('once', [1.0])
-    said = lambda *claim: runs.verdict(results, *claim)[0]
+    said = lambda *claim: runs.claim_lines(results, [('', '', *claim)])[2].split('**')[1]
     assert runs.compare(results, 'better', 'base') == pytest.approx((-1, 0))
-    assert said('better', 'base', '<=', 0) == 'PASS' and said('better', 'base', '>=', 0) == 'FAIL'
-    assert said('alike', 'base', '<=', 0) == 'UNRESOLVED'
-    assert said('alike', 'base', '<=', 2) == 'PASS'
-    assert said('broken', 'base', '<=', 5) == 'FAIL' and said('broken', 'base', '>=', 5) == 'PASS'
-    assert said('once', 'base', '<=', 0) == 'UNRESOLVED'
+    # of three values 4.303 standard errors to either side
+    assert runs.compare(results, 'alike', 'base') == pytest.approx((0, 4.303 / 3 ** 0.5), rel=1e-3)
+    assert said('better', '<=', 0, 'base') == 'PASS' and said('better', '>=', 0, 'base') == 'FAIL'
+    assert said('alike', '<=', 0, 'base') == said('alike', '<=', 2, 'base') == 'UNRESOLVED'
+    assert said('alike', '<=', 3, 'base') == 'PASS'
+    assert said('broken', '<=', 5, 'base') == 'FAIL' and said('broken', '>=', 5, 'base') == 'PASS'
+    assert said('once', '<=', 0, 'base') == 'UNRESOLVED'
     assert math.isnan(runs.compare(results, 'none', 'base')[0])
     assert runs.compare(results, 'base', 'broken')[0] == 0              # over the seeds that ended
+    # Holm: of several claims the surest is held against .05 / n, the next against .05 / (n - 1)
+    claim = [0.9, 1.0, 1.1, 1.0], '>=', 0.86                            # p = .042
+    assert runs.chance([0.9, 1.0, 1.1, 1.0], 0.86) == pytest.approx(0.0416, abs=1e-3)
+    assert runs.decide([claim]) == ['PASS'] and runs.decide([claim] * 2) == ['UNRESOLVED'] * 2
+    assert runs.decide([claim, ([5, 5], '<=', 0)]) == ['PASS', 'FAIL']
 
 
 # ------------------------------------------------------------------------------------------------
