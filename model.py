@@ -213,8 +213,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight       # one parameter, and it stays so
 
     def _init_weights(self):
-        """N(0, .02), the projections into the residual stream by sqrt(2 L) less, as GPT-2; with
-        init_gain > 0 block linears get N(0, init_gain^2 / fan_in) instead of .02."""
+        """N(0, .02), of block linears N(0, init_gain^2 / fan_in), which follows the width; without
+        an init_gain .02 for all, into the residual stream by sqrt(2 L) less, as in GPT-2."""
         gain, residual = self.config.init_gain, 0.02 / math.sqrt(2 * len(self.h))
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Embedding):

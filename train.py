@@ -56,7 +56,7 @@ class Config:
     dropout: float = 0.0
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # llama only
-    init_gain: float = 0.0       # > 0: block linears start from N(0, init_gain^2 / fan_in)
+    init_gain: float = 0.7       # block linears start from N(0, init_gain^2 / fan_in); 0: as GPT-2
     quantize_head: bool = False  # the head too takes weights, activations and gradients
     keep: str = ''               # block linears with this regular expression in their names stay
                                  # in full precision: 'h.0|mlp.c_proj'

@@ -8,7 +8,7 @@ run, .md and .png. 60 runs: about an hour and a half on two cores; finished ones
 """
 import statistics
 
-from experiments.runs import (RESULTS, SIZES, Job, arguments, losses, options_of, report,
+from experiments.runs import (RESULTS, SIZES, Job, arguments, losses, parser_of, report,
                               run_all)
 
 # how codes are stored, and their rate, see experiments.direct
@@ -71,4 +71,4 @@ def main(options):
 
 
 if __name__ == '__main__':
-    main(options_of(__doc__, [11, 12, 13]))
+    main(parser_of(__doc__, [11, 12, 13]).parse_args())

@@ -4,21 +4,17 @@ run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
 
     sign       r = sign(m), as in Lion (Chen et al., arXiv 2302.06675)
     muon       r = U V^T of m, of rms 1: Muon (Jordan et al., 2024)
-    estimated  the noise floor is median |r| / .6745, not computed from beta1
     kept       m stays where a code changed, instead of becoming zero
-    feedback   what rounding left over goes into m: m is then also a low-bit residual, so that the
-               weight is in effect a latent of more bits
-    squared    p = lr r |r|: strong evidence counts for more
+    feedback   what rounding left over goes into m: ECO (Nikdan et al., arXiv 2601.22101). m is then
+               also a low-bit residual, so that the weight is in effect a latent of more bits
     sticky     hysteresis: from -1 or 1 back to 0 only on strong evidence
     attention  a rate of their own for its matrices
-    growth     the batch grows from step to step, to twice its size
 """
 from contextlib import contextmanager
 
 import torch
 
 import quant
-import train
 from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, moments, pack, put, quantize,
                    round_to, stream)
 
@@ -28,19 +24,11 @@ def direct_step(idea):
     def step(w, g, m, v, s_moments, h, h_s, key):
         h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
         g, q, m_old = h.clip * g.float(), levels(w), dequantize(m)      # (out, in) all
-        if idea == 'estimated':
-            h = h._replace(tau=torch.zeros_like(h.tau))
         m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
         if idea == 'sign':
             r = m_new.sign()
         elif idea == 'muon':
             r = orthogonal(m_new)
-        elif idea == 'estimated':
-            # of normal noise half lies within .6745 deviations
-            r = (r.abs() - r.abs().median() / 0.6745).clamp(min=0).copysign(r)
-        elif idea == 'squared':
-            r = r * r.abs()
-
         wanted = q - h.lr * s.top * r
         new = round_to(wanted, s, key)
         if idea == 'sticky':
@@ -90,23 +78,11 @@ def attention(optimizer, name):
     optimizer.rates = rates
 
 
-def growth(run):
-    """From nearly nothing to twice the batch, as many tokens in all."""
-    usual_size = run.config.batch_size
-    done = (run.step + 0.5) / run.config.max_iters
-    run.config.batch_size = max(1, round(2 * usual_size * done))
-    try:
-        return forward_backward(run)
-    finally:
-        run.config.batch_size = usual_size
-
-
-apply, forward_backward = quant.Optimizer.apply, train.Run.forward_backward
+apply = quant.Optimizer.apply
 PATCHES = {  # idea: (where, what, by what)
     **{idea: (quant, 'direct_step', direct_step(idea)) for idea in (
-        'sign', 'muon', 'estimated', 'kept', 'feedback', 'squared', 'sticky')},
-    'attention': (quant.Optimizer, 'apply', attention),
-    'growth': (train.Run, 'forward_backward', growth)}
+        'sign', 'muon', 'kept', 'feedback', 'sticky')},
+    'attention': (quant.Optimizer, 'apply', attention)}
 
 
 @contextmanager

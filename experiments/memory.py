@@ -10,7 +10,7 @@ import statistics
 from dataclasses import replace
 
 import train
-from experiments.runs import (RESULTS, Job, arguments, keys, losses, options_of, report,
+from experiments.runs import (RESULTS, Job, arguments, keys, losses, parser_of, report,
                               run_all)
 from model import GPT
 from quant import Optimizer, bytes_held, rtn_
@@ -106,4 +106,4 @@ def main(options):
 
 
 if __name__ == '__main__':
-    main(options_of(__doc__, [11, 12]))
+    main(parser_of(__doc__, [11, 12]).parse_args())

@@ -261,14 +261,14 @@ def results_of(path, jobs):
 # ------------------------------------------------------------------------------------------------
 # comparisons
 
-def options_of(doc, seeds):
-    """The options of a program whose runs have seeds: --seeds and --jobs."""
+def parser_of(doc, seeds=None):
+    """Of the options of a program whose runs have seeds: --seeds and --jobs."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, nargs='*', default=seeds)
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
     os.chdir(ROOT)                                      # where config/ is
-    return parser.parse_args()
+    return parser
 
 
 def report(stem, lines):
