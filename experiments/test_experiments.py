@@ -81,9 +81,14 @@ def test_every_row_of_an_experiment_is_a_run(monkeypatch):
         for section in program.rows().values():
             for text in section.values():
                 train.parse(runs.plain(runs.arguments(text)))
-    for size in scaling.SWEEPS:
-        jobs = [job for job, _ in scaling.jobs_of(size)]
-        assert len({job.mark for job in jobs}) == len(jobs)
+    todo = [*scaling.rows(held=False), *scaling.rows(held=True)]
+    assert len({job.mark for job, _ in todo}) == len(todo)
+    for job, point in todo:
+        config = replace(train.Config(), **runs.keys(job.args))
+        train.parse(job.args)
+        if not point['of']:
+            assert config.max_iters * config.batch_size * config.block_size == point['D'] < 14e6
+            assert runs.weights(config) == point['N'] and config.n_embd // config.n_head % 2 == 0
     for size in ptq.BASES:
         jobs = ptq.jobs_of(size).values()
         assert len({job.mark for job in jobs}) == len(jobs)
@@ -269,115 +274,131 @@ def test_random_configurations_are_refused_in_a_line_or_carried_through(capsys):
 # the scaling laws
 
 def test_the_scaling_laws_give_the_numbers_of_the_paper():
-    c = scaling.PUBLISHED
-    assert scaling.best_precision(c) == pytest.approx(7.0, abs=0.05)
+    c, P = scaling.PUBLISHED, np.linspace(2, 16, 2801)
     assert [scaling.f(c, x, 4) for x in ('w', 'a', 'kv')] == pytest.approx(
         [0.696, 0.331, 0.828], abs=1e-3) and scaling.f(c, 'a', 3) < 0
-    assert [scaling.delta(c, N, 26e9, bits) for N, bits in ((30e6, 3), (30e6, 4), (220e6, 3))] == \
-        pytest.approx([0.586, 0.108, 0.295], abs=1e-3)
-    assert [scaling.critical_data(c, 30e6, bits) / 30e6 for bits in (3, 4)] == pytest.approx(
-        [177, 959], abs=1)
-    D = scaling.critical_data(c, 30e6, 3)       # where more data begins to hurt
-    after = [float(scaling.trained(c, 30e6, x) + scaling.delta(c, 30e6, x, 3))
+    shares = lambda P: math.prod(max(0, scaling.f(c, x, P)) for x in ('w', 'a', 'kv'))
+    best = max(P, key=lambda P: shares(P) / P)          # where compute is N D P
+    assert best == pytest.approx(7.0, abs=0.05)
+    assert [scaling.cost(scaling.law_after(c, bits), N, 26e9)
+            for N, bits in ((30e6, 3), (30e6, 4), (220e6, 3))] == pytest.approx(
+        [0.586, 0.108, 0.295], abs=1e-3)
+    D = 177 * 30e6                                      # where more data begins to hurt
+    after = [scaling.full_loss(c, 30e6, x) + scaling.cost(scaling.law_after(c, 3), 30e6, x)
              for x in (0.9 * D, D, 1.1 * D)]
     assert after[1] == min(after)
-    full, low = (float(scaling.trained(c, 1e8, 1e10, w=np.array(bits))) for bits in (np.inf, 4.0))
-    assert scaling.equivalent(c, 1e8, low, full) == pytest.approx(scaling.f(c, 'w', 4))
 
 
-def made_up(c, noise, sizes=(25e3, 55e3, 98e3, 221e3)):
-    """Points of a sweep that obeys the laws but for noise."""
-    rng, points = np.random.default_rng(0), []
-    for N in sizes:
-        for D, w in [(2.0 ** i, None) for i in (19, 20, 21, 22)] + \
-                [(2.0 ** 20, bits) for bits in (2, 3, 4, 6)]:
-            kinds = {'w': w} if w else {}
-            full = float(scaling.trained(c, N, D)) + noise * rng.normal()
-            cost = scaling.trained(c, N, D, w=np.array(w or np.inf)) - scaling.trained(c, N, D)
-            loss = full + float(cost) + noise * rng.normal() * len(kinds)
-            p = {'run': str(len(points)), 'seed': 1, 'N': N, 'D': D, **kinds}
-            points.append({**p, 'loss': loss, 'full': full})
-            points += [{**p, 'post': bits, 'full': loss, 'loss': loss + float(scaling.delta(
-                c, N, D, bits, np.array(w or np.inf))) + noise / 4 * rng.normal()}
-                for bits in scaling.POST]
-    return points
+TRUE = {'A': 40, 'alpha': 0.35, 'B': 300, 'beta': 0.45, 'E': 0.6}
+AFTER = {'C_T': 2e-2, 'gamma_D': 0.6, 'gamma_N': 0.2, 'gamma_post': 0.7}
+SHARES = {'w2': 0.5, 'token3': 0.3, 'token4': 0.6, 'kv2': 0.4, 'direct ternary': 0.35,
+          'direct 4-bit': 0.6}
+AT, SLOPES = (4e5, 4e6), {'weights': (0.1, 0.05), 'activations': (-0.05, 0.1),
+                          'cache': (-0.2, 0.05), 'direct': (0.3, 0.1)}
 
 
-def test_the_fit_finds_the_constants_again():
-    pytest.importorskip('scipy')
-    true = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': 1.2, 'n_w': .2,
-            'C_T': .02, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
-    points = made_up(true, 0.002)
-    found = scaling.fit(points, 0.002)
-    fits = [scaling.merged(f) for f in scaling.bootstrap(points, 0.002, found, 30)]
-    for name, value in scaling.merged(found).items():
-        low, high = min(f[name] for f in fits), max(f[name] for f in fits)
-        assert low <= true[name] <= high and abs(value / true[name] - 1) < 0.5, name
-    assert found['a'] is None                                               # no data on it
-    N, D = np.array(5e5), np.array(2.0 ** 21)                               # not fitted
-    for kinds in ({}, {'w': np.array(3.0)}):
-        guess = scaling.trained(scaling.merged(found), N, D, **kinds)
-        assert guess == pytest.approx(scaling.trained(true, N, D, **kinds), rel=0.01)
-    L, N, D, P = scaling.plan(true, compute=1e13)
-    assert 6 / 16 * N * D * P == pytest.approx(1e13)
-    assert all(L <= scaling.trained(true, N * x, D / x, w=np.array(P)) for x in (0.8, 1.25))
-
-
-def test_what_the_data_do_not_tell_is_unresolved():
-    pytest.importorskip('scipy')
-    flat = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': .05, 'n_w': 0,
-            'C_T': 1e-9, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
-    found = scaling.fit(made_up(flat, 0.002), 0.002)
-    assert found['base'] and found['w'] is None and found['post'] is None
-    assert scaling.fit(made_up(flat, 0.002, sizes=(25e3, 55e3)), 0.002)['base'] is None
-
-
-def test_the_steps_of_the_scaling_experiment(tmp_path, monkeypatch, capsys):
-    for module in ('scipy', 'matplotlib'):
-        pytest.importorskip(module)
-    true = {'A': 40, 'alpha': .35, 'B': 300, 'beta': .45, 'E': .6, 'gamma_w': 1.2, 'n_w': .2,
-            'gamma_a': 1.3, 'n_a': .8, 'gamma_token': 1.1, 'n_token': .3, 'gamma_kv': 1.2,
-            'n_kv': .4, 'C_T': .02, 'gamma_D': .4, 'gamma_N': .35, 'gamma_post': .8, 'C_w': .5}
-    rng, known = np.random.default_rng(0), scaling.rows('cpu')
-
-    def law(job):
-        """What a run would give that obeys the laws but for noise."""
-        point = known[job.name][0]
-        kinds = {x: np.array(float(point[x])) for x in scaling.KINDS if x in point}
-        N, D, w = point['N'], point['D'], kinds.get('w', np.array(np.inf))
-        loss = scaling.trained(true, N, D, **kinds) + 0.002 * rng.normal()
-        low = [bits for bits in scaling.POST if bits < w]
-        if kinds.keys() - {'w'} or 'direct' in point:
-            low = []
-        after = {str(bits): loss + scaling.delta(true, N, D, bits, w)
-                 * math.exp(0.03 * rng.normal()) for bits in low}
-        return {'name': job.name, 'seed': job.seed, 'mark': job.mark, 'sha256': '',
-                'val_loss': float(loss), 'rtn': after, 'gptq': after}
+def made_up(form, noise=0.002, scale=1.0):
+    """A law for each precision, of the form A or B, and the run_all of an experiment that obeys
+    it but for noise."""
+    rng = np.random.default_rng(0)
+    if form == 'A':
+        laws = {name: (math.log(TRUE['A'] * (f ** -TRUE['alpha'] - 1)), TRUE['alpha'], 0.0)
+                for name, f in SHARES.items()}
+        laws |= {name: scaling.law_after(AFTER, bits) for name, (_, bits) in scaling.AFTER.items()}
+    else:       # with slopes that form A does not have
+        slopes = {name: SLOPES.get(kind, (0.3 + 0.1 * scaling.BITS[name], 0.7))
+                  for name, kind in scaling.KIND.items()}
+        size = {name: (1 - f) / 3 for name, f in SHARES.items()}        # at N and D of AT
+        size |= {name: 4.0 ** (2 - bits) for name, (_, bits) in scaling.AFTER.items()}
+        laws = {name: (math.log(size[name] * AT[0] ** g / AT[1] ** h), g, h)
+                for name, (g, h) in slopes.items()}
 
     def run_all(path, jobs, *_, **__):
-        with open(path, 'a', encoding='utf-8') as f:
-            f.writelines(json.dumps(law(job)) + '\n' for job in jobs)
+        with open(path, 'a', encoding='utf-8') as file:
+            for job in jobs:
+                point, = (p for held in (False, True) for other, p in scaling.rows(held)
+                          if other == job)
+                assert (point['N'] < 2e6) or path.with_name('scaling-predictions.json').exists()
+                N, D, of = point['N'], point['D'], point['of']
+                loss = scaling.full_loss(TRUE, N, D) + noise * rng.normal()
+                more = {} if of else {name: loss + scale * scaling.cost(laws[name], N, D)
+                                      * math.exp(0.03 * rng.normal()) for name in scaling.AFTER}
+                loss += scale * scaling.cost(laws[of], N, D) if of else 0
+                file.write(json.dumps({
+                    'name': job.name, 'seed': job.seed, 'mark': job.mark, 'sha256': '',
+                    'val_loss': loss, 'loss_on_train': loss, **more}) + '\n')
 
+    return laws, run_all
+
+
+@pytest.mark.parametrize('form', 'AB')
+def test_the_scaling_experiment_finds_the_laws_again(form, tmp_path, monkeypatch, capsys):
+    """From the sweep to the plan, of made-up runs that obey one form or the other."""
+    for module in ('scipy', 'matplotlib'):
+        pytest.importorskip(module)
+    laws, run_all = made_up(form)
     monkeypatch.setattr(scaling, 'RESULTS', tmp_path)
     monkeypatch.setattr(scaling, 'run_all', run_all)
-    monkeypatch.setitem(scaling.SWEEPS['cpu'], 'data', str(tmp_path))
+    monkeypatch.setattr(scaling, 'folder_of', lambda name: tmp_path)
     (tmp_path / 'meta.json').write_text('')
-    (tmp_path / 'train.bin').write_bytes(bytes(2 * 6 * 2 ** 20))
-    options = argparse.Namespace(size='cpu', jobs=1, compute=1e13, memory=None, tokens=None)
-    with pytest.raises(SystemExit, match='run the steps sweep and fit first'):
-        scaling.predict(options)
-    for step in scaling.STEPS.values():
-        step(options)
-    said = (tmp_path / 'scaling-cpu.md').read_text(encoding='utf-8')
-    assert 'FAIL' not in said and said.count('PASS') > 12
-    told = json.loads((tmp_path / 'scaling-cpu-predictions.json').read_text())['losses']
-    assert len(told) == 4 + 4 + 9 + 4 * 6 + 0 + 1 + 2 + 4                   # runs, then quantized
-    assert (tmp_path / 'scaling-cpu.png').exists()
-    found = scaling.read_fit(options)
-    said = scaling.say_plan(found, options)
-    assert said[0] == 'given: compute of 1e+13 operations of 16 bits'
-    assert [line.split()[2] for line in said[2:6]] == [
-        'nats/byte,', 'weights,', 'bytes', 'bits,'], said[2:6]
+    options = argparse.Namespace(jobs=1, compute=math.inf, memory=1e5, tokens=4e6)
+    with pytest.raises(SystemExit, match='run the steps sweep and predict first'):
+        scaling.plan(options)
+    for step in 'sweep', 'predict', 'plot', 'plan':
+        scaling.STEPS[step](options)
+    found = scaling.read('-fit.json')
+    for name, law in laws.items():
+        assert found[form][name][1:] == pytest.approx(law[1:], abs=0.1), name
+        for N, D in (AT, (2e6, 8e6)):
+            assert scaling.cost(found[form][name], N, D) == pytest.approx(
+                scaling.cost(law, N, D), rel=0.1), name
+    for name, value in TRUE.items():
+        low, high = found['interval'][name]
+        assert low <= found['said'][name] <= high and 0.5 * low <= value <= 2 * high, name
+    n, errors = found['score']['all']
+    assert n > 40 and errors[form] < 10 and errors[form] < errors['copy']
+    assert (errors['A'] > 20) == (form == 'B')
+    said = (tmp_path / 'scaling.md').read_text(encoding='utf-8')
+    assert ('kv2: slope of log delta in log N | **FAIL**' in said) == (form == 'B')
+    assert said.count('**PASS**') > 12 and 'unresolved' not in said
+    told = capsys.readouterr().out
+    assert (tmp_path / 'scaling.png').exists() and ('by form B' in told or form == 'A')
+    told = scaling.read('-predictions.json')
+    monkeypatch.setattr(scaling, 'run_all', lambda *_, **__: None)
+    (tmp_path / 'scaling-fit.json').unlink()
+    scaling.predict(options)                            # again: what was predicted stays
+    assert scaling.read('-predictions.json') == told and scaling.read('-fit.json') == found
+    loss, N, D, name = scaling.plan(argparse.Namespace(
+        compute=1e13, memory=math.inf, tokens=math.inf))
+    assert name == 'full precision' and 6 * N * D == pytest.approx(1e13, rel=0.05)
+    assert all(loss < scaling.full_loss(found['base'], N * x, D / x) for x in (0.7, 1.4))
+
+
+def test_what_the_data_do_not_tell_is_unresolved(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, 'RESULTS', tmp_path)
+    with pytest.raises(SystemExit, match='^unresolved'):
+        scaling.predict(argparse.Namespace(jobs=1))
+    _, run_all = made_up('B', scale=1e-4)               # below the noise
+    jobs = [job for job, _ in scaling.rows(held=False)]
+    run_all(scaling.path('.jsonl'), jobs[:-1])
+    with pytest.raises(SystemExit, match='^unresolved'):
+        scaling.predict(argparse.Namespace(jobs=1))     # one run is missing
+    run_all(scaling.path('.jsonl'), jobs[-1:])
+    full, points = scaling.measured(held=False)
+    noise = scaling.noise_of(full)
+    assert noise == pytest.approx(0.002, rel=0.5)
+    found = scaling.fit(full, points, noise)
+    assert found['base'] and found['A'] == found['B'] == {}
+    assert scaling.fit([p for p in full if p['N'] < 2e5], points, noise) is None
+
+
+def test_runs_in_full_precision_are_quantized_afterwards(small, elsewhere):
+    more = '--max_iters=20', '--learning_rate=1e-2'
+    full, low = (scaling.measure(runs.Job('', [*small, *more, *arg], 1))
+                 for arg in ([], ['--weights=int4/row']))
+    cost = {name: full[name] - full['val_loss'] for name in scaling.AFTER}
+    assert len(set(cost.values())) == 6 and abs(cost['rtn 2']) > abs(cost['rtn 4'])
+    assert not scaling.AFTER.keys() & low.keys()
 
 
 def test_rows_of_a_real_model_are_quantized_copies(monkeypatch):
