@@ -175,8 +175,8 @@ def quantize(x, how, key=0, scale=None, packed=True):
     """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp (by a map code(x / s), max|x| / level(Qp));
     asymmetric, q = clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s
     - Qn) (paper 1). x (..., C) is taken to float32; without `how`, a Spec or its string, it is
-    stored as it is. A `scale` that is given is kept; not `packed`, a code is an int8, q - Qn.
-    Raises ValueError where blocks or full bytes do not divide C."""
+    stored as it is. A `scale` that is given is kept; not `packed`, a code is an int8, q - Qn,
+    or, of fp4, a float32. Raises ValueError where blocks or full bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -191,8 +191,11 @@ def quantize(x, how, key=0, scale=None, packed=True):
     c = round_to(y if zero is None else y - zero, s, key)
     if s.map == 'root4':    # sqrt(v) divides: what is positive must not become zero
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
-    codes = encode(c, s).reshape(x.shape)
-    codes = pack(codes, s) if packed or GRIDS[s.grid].bits > 7 else codes.to(torch.int8)
+    if not packed and s.grid == 'fp4':
+        codes = c.reshape(x.shape)      # encoding and decoding would take most of the time
+    else:
+        codes = encode(c, s).reshape(x.shape)
+        codes = pack(codes, s) if packed or GRIDS[s.grid].bits > 7 else codes.to(torch.int8)
     return QTensor(codes, scale, zero, outer, s)
 
 
@@ -323,6 +326,8 @@ def levels(q):
     """The number that each code stands for, float32, before the scale."""
     grid, level = GRIDS[q.spec.grid], MAPS[q.spec.map].level
     c = unpack(q.codes, q.spec)
+    if c.dtype == torch.float32:        # of fp4 that was not packed
+        return c
     if grid.bits > 7 or not grid.float:
         return level(c.float() + (grid.low if grid.bits < 8 else 0))
     # the bits of a float32 again, and the sign above them
@@ -352,7 +357,7 @@ def pack(c, s):
 def unpack(codes, s):
     """The codes that `pack` put into bytes, from 0 up, int32 (..., C); what was not, as it is."""
     bits, c, shift = GRIDS[s.grid].bits, 0, 0
-    if bits > 7 or codes.dtype == torch.int8:
+    if bits > 7 or codes.dtype != torch.uint8:
         return codes
     widths = [w for w in (4, 2, 1) if bits & w]
     sizes = [codes.shape[-1] * w // bits for w in widths]           # bytes of a field
@@ -478,7 +483,9 @@ def requantize(g, q, how, key):
     """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum."""
     s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
-    rounded = quantize(g, s, key, packed=False), quantize(dequantize(q).T, other)
+    # both as rows in memory: a CPU rounds along columns three times slower
+    g, x = (in_memory(t.contiguous()) for t in (g, dequantize(q).T))
+    rounded = quantize(g, s, key, packed=False), quantize(x, other, packed=False)
     return matmul(*rounded, how.compute == 'codes', g.dtype)
 
 
