@@ -187,7 +187,7 @@ def quantize(x, how, key=0, scale=None, packed=True):
         return QTensor(encode(round_to(x, s, key), s), spec=s)
     groups = grouped(x, s)
     scale, zero, outer = find_scale(groups, s) if scale is None else (scale, None, None)
-    y = groups / (scale.float() if outer is None else scale.float() * outer)
+    y = groups / full_scale(scale, outer, s)
     c = round_to(y if zero is None else y - zero, s, key)
     if s.map == 'root4':    # sqrt(v) divides: what is positive must not become zero
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
@@ -210,7 +210,7 @@ def dequantize(q, dtype=torch.float32):
         return (q.codes / mean.clamp(min=TINY) * q.scale).to(dtype)
     y = levels(q)
     x = grouped(y, s) if q.zero is None else grouped(y, s) + q.zero
-    x = x * (q.scale.float() if q.outer is None else q.scale.float() * q.outer)
+    x = x * full_scale(q.scale, q.outer, s)
     x = rotate(x.view(y.shape)) if s.rotation else x
     return x.to(dtype).view(y.shape)    # the cast first: else inductor divides to find a block
 
@@ -269,7 +269,15 @@ def find_scale(x, s, weight=1.0):
     if s.format == 'mxfp8':
         # up: one that is rounded down clips, which costs more than the finer steps give
         scale = power_of_two(scale) * torch.where(scale > power_of_two(scale), 2, 1)
-    return scale.to(torch.float8_e8m0fnu) if s.format else scale, None, None
+    # the byte of its exponent, which is what e8m0 is: torch 2.13 does not compile that on a CPU
+    return (scale.view(torch.int32) >> 23).to(torch.uint8) if s.format else scale, None, None
+
+
+def full_scale(scale, outer, s):
+    """What a code is multiplied by, float32, of a scale as it is stored."""
+    if s.format[:2] == 'mx':
+        return (scale.int() << 23).view(torch.float32)
+    return scale.float() if outer is None else scale.float() * outer
 
 
 def least_error(x, size, s, weight):
@@ -1039,7 +1047,7 @@ def damage(x, how):
     x_hat, clipped = dequantize(q), 0.0
     noise = (x - x_hat).square().sum()
     if s.top and q.scale is not None and q.zero is None:
-        y = grouped(x, s) / q.scale.float() / (1 if q.outer is None else q.outer) / (1 + 1e-5)
+        y = grouped(x, s) / full_scale(q.scale, q.outer, s) / (1 + 1e-5)
         clipped = ((y < MAPS[s.map].level(GRIDS[s.grid].low)) | (y > s.top)).float().mean().item()
     return {'snr_db': None if noise == 0 else 10 * math.log10(x.square().sum() / noise),
             'zero': (x_hat == 0).float().mean().item(), 'clipped': clipped}
