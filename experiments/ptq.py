@@ -1,467 +1,422 @@
 """
 Post-training quantization against quantization-aware fine-tuning (paper 3, 2410.14570).
 
-    python -m experiments.ptq                   two sizes, 3 seeds, under 90 minutes on two cores
-    python -m experiments.ptq --sizes small     one of them, printed only
-    python -m experiments.ptq --sequences=1024  with eight times the data, in as many steps
+    python -m experiments.ptq                       two models, about two hours on two cores
+    python -m experiments.ptq --models small        one of them; `default` is a larger one
 
-A model of each size is trained in full precision, then brought to 8, 6, 4, 3 and 2 bits: rounded
-to nearest (RTN), by GPTQ, and by fine-tuning with quantized weights (QAFT). The last two see the
-same 128 sequences, of which a seed is a choice, and so does a control, fine-tuning in full
-precision. Learning rates and steps are chosen on one half of the validation data, losses are of
-the other. P1 to P6 were written before anything ran. Writes experiments/results/ptq.jsonl (one
-line a run; finished ones are skipped), ptq-analysis.json, ptq.md and three .png, or ptq-1024-*.
+The block weights of a trained model are brought to 4, 3 and 2 bits: rounded to nearest (RTN), by
+GPTQ, and by fine-tuning with quantized weights (QAFT), which starts from the trained weights or
+from GPTQ's, and may have the trained model as its teacher. GPTQ and QAFT see the same new text, of
+files that a model trained here has not read. A control is fine-tuned on it in full precision, with
+the same tries. The cost of a method is the rise of the loss: of RTN and GPTQ over the trained
+model, of QAFT over the control, so that what any model gains from new text does not count.
+Rates and epochs are chosen on one half of the validation text, and losses are of the other.
+
+Writes results/ptq.jsonl, one line a run, ptq.md and ptq.png. Finished runs are skipped; but where
+out/, in which their models are, is gone, a model begins anew only if its lines are removed.
 """
-import argparse
-import json
 import math
-import os
-import shutil
 import statistics
-from contextlib import ExitStack
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from experiments.runs import RESULTS, ROOT, SIZES, Job, arguments, load, read, run_all, run_one
-from quant import dequantize, fake_quant, hessian, linears
+import config
+import train
+from data.corpus import sequence_starts, write
+from data.tokenizer import make_tokenizer
+from experiments import ideas, pretrained
+from experiments.runs import (RESULTS, ROOT, Job, arguments, decide, idea, interval, keys, load,
+                              parser_of, read, report, run_all, run_one)
+from model import GPT
+from quant import dequantize, fake_quant, linears
 
-BITS = 8, 6, 4, 3, 2
-GRID = 'int{}/row/mse'      # of all methods; absmax would leave two bits with three levels in use
-TRIES = [(rate, steps) for steps in (40, 160)       # of 8 sequences: 2.5 and 10 epochs of 128
-         for rate in ('1e-5', '3e-5', '1e-4', '3e-4', '1e-3')]
-METHODS = 'RTN', 'GPTQ', 'QAFT'
+
+class Plan(NamedTuple):
+    """A model, and what is made of it."""
+    start: str              # how it is trained, or the checkpoint that it comes from
+    windows: int            # of new text, to calibrate and to fine-tune on
+    batch: int              # windows a step
+    groups: tuple           # what shares a scale; tries are made with the first of them
+    bits: tuple
+    rates: tuple            # of fine-tuning, at a width of 256: each is tried
+    epochs: tuple           # with each number of epochs
+    methods: tuple          # of fine-tuning; those after QAFT only below 4 bits, first of groups
+    tuned: int              # the seed that chooses
+    seeds: int              # so many report, at most
+    tokens: int             # of validation text to report on; half as many to choose by
+    step: float             # seconds of a step of fine-tuning, on one core of an AMD EPYC
+
+
+TUNED = 'QAFT', 'QAFT from GPTQ', 'QAFT with a teacher'
+COLORS = dict(zip(('RTN', 'GPTQ', *TUNED, 'random'), ('C0', 'C1', 'C2', 'C3', 'C4', '0.6')))
+RATES = '3e-5', '1e-4', '3e-4', '1e-3'
+PLANS = {   # a model that is trained here reads 4.1M tokens, each once; a step has 2,048
+    'small': Plan('config/small.py max_iters=2000', 1024, 8, (64, 'row'), (4, 3, 2), RATES,
+                  (1, 2, 4), TUNED, 1, 9, 2 ** 16, 0.17),
+    'default': Plan('config/baseline.py max_iters=2000', 1024, 8, (64,), (4, 3, 2), RATES[1:3],
+                    (4,), TUNED[:1], 1, 9, 2 ** 16, 0.55),
+    # a step at a rate of zero makes it a run like any other; one seed chooses, and reports
+    'smollm2': Plan('out/pretrained/ckpt.pt block_size=512 batch_size=4 learning_rate=0. '
+                    'embedding_lr=0. max_iters=1 warmup_iters=0', 128, 4, (64,), (3, 2),
+                    ('3e-5', '3e-4', '1e-3'), (1,), TUNED[:1], 11, 1, 2 ** 14, 10.5)}
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
-BASES = {   # trained for long, as is best for full precision in experiments/direct.py
-    'small': 'learning_rate=1.5e-3 embedding_lr=6e-3 beta2=.95 max_iters=4000 warmup_iters=100',
-    'default': 'ramp=20 init_gain=.7 adam_v=rank1 max_iters=4000'}
-
-
-def jobs_of(size, sequences=128):
-    """{what: Job} of seed 1: the base, and all that is made of it, by bits and method or try."""
-    shape = [*SIZES[size], '--eval_interval=100000', '--final_tokens=32768']
-    base = Job(f'{size} base', [*shape, *arguments(BASES[size])], 1)
-    start = [f'{base.folder.relative_to(ROOT)}/ckpt.pt', *shape]
-    jobs = {'base': base}
-
-    def add(what, name, text):
-        jobs[what] = Job(f'{size} {name}', [*start, *arguments(text)], 1)
-
-    for rate, steps in TRIES:
-        tune = f'config/qaft.py adam_v= ramp=0 batch_size=8 learning_rate={rate} ' \
-            f'max_iters={steps} warmup_iters={steps // 10} sequences={sequences}'
-        how = f'{rate}, {steps} steps of {sequences}'
-        add(('control', (rate, steps)), f'control {how}', f'{tune} weights=')
-        for bits in BITS:
-            add((bits, (rate, steps)), f'{bits}-bit QAFT {how}',
-                f'{tune} weights={GRID.format(bits)}')
-    for bits in BITS:
-        grid = f'stored={GRID.format(bits)}'
-        add((bits, 'RTN'), f'{bits}-bit RTN', f'config/gptq.py ptq=rtn {grid}')
-        add((bits, 'GPTQ'), f'{bits}-bit GPTQ of {sequences}',
-            f'config/gptq.py {grid} sequences={sequences}')
-    return jobs
+WAY = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5      # from the trained weights to those of a method
 
 
 # ------------------------------------------------------------------------------------------------
-# looking at a model
+# the text, and the runs
 
-def weights(run):
-    """{name: value} of every parameter, block linears as the forward sees them."""
-    found = {name: p.detach() for name, p in run.model.named_parameters()}
-    for name, layer in linears(run.model).items():
-        found[name] = fake_quant(dequantize(layer.stored_weight()), layer.how.weights)
+def documents(model):
+    """Three lists of documents: to train on, new ones, and to measure on. Of the files to train on
+    every tenth is new: the base does not get it. What SmolLM2 has read is not known; of sympy and
+    of pydoc_data.topics, it gets as many characters as the shorter one has."""
+    texts = pretrained.documents()
+    if '.pt' not in PLANS[model].start:
+        old, val = texts['python']
+        return [text for i, text in enumerate(old) if i % 10], old[::10], val
+    parts = [['\n'.join(part) for part in both] for both in zip(*texts.values())]
+    return [], *([text[:min(map(len, part))] for text in part] for part in parts)
+
+
+def make_text(model):
+    """The datasets out/ptq/<model>-base and -new, with one val.bin, unless they are there."""
+    folders = [ROOT / 'out' / 'ptq' / f'{model}-{name}' for name in ('base', 'new')]
+    if (folders[1] / 'meta.json').exists():
+        return
+    *both, val = documents(model)
+    tokenizer = make_tokenizer('1024' if both[0] else pretrained.convert()[0], ''.join(both[0]))
+    for folder, texts in zip(folders, both):
+        if texts:
+            split = [('train', text) for text in texts] + [('val', text) for text in val]
+            write(folder, model, tokenizer, split, math.inf)
+
+
+def jobs_of(model, seed, chosen=None):
+    """{(grid, method, how): Job}; of base and control the grid is '', and of fine-tuning how is
+    (rate, epochs): all tries, or, to report, those `chosen`, {(bits, method): how}."""
+    plan, found, new = PLANS[model], {}, f'--dataset=out/ptq/{model}-new'
+
+    def add(grid, method, how, *args):
+        """Add a job; returns the folder of its checkpoints."""
+        name = ' '.join([model, *filter(None, (grid, method)), *map(str, how or ())])
+        found[grid, method, how] = Job(name, [*args], seed)
+        return found[grid, method, how].folder.relative_to(ROOT).as_posix()
+
+    def fine_tune(grid, method, *start):
+        every = product(plan.rates, plan.epochs)
+        for rate, epochs in [chosen[grid[:4], method]] if chosen else every:
+            steps = epochs * plan.windows // plan.batch
+            add(grid, method, (rate, epochs), *start, *arguments(
+                f'config/qaft.py weights={grid} learning_rate={rate} max_iters={steps} '
+                f'warmup_iters={steps // 10} sequences={plan.windows}'), new)
+
+    base = add('', 'base', None, *arguments(
+        f"{plan.start} dataset=out/ptq/{model}-{'new' if '.pt' in plan.start else 'base'} "
+        'eval_interval=100000 eval_tokens=2048 final_tokens=2048')) + '/ckpt.pt'
+    fine_tune('', 'control', base)
+    for bits, group in product(plan.bits, plan.groups):
+        grid, first = f'int{bits}/{group}/mse', group == plan.groups[0]
+        rounded = base, 'config/gptq.py', f'--stored={grid}', f'--sequences={plan.windows}', new
+        add(grid, 'RTN', None, *rounded, '--ptq=rtn')
+        floats = add(grid, 'GPTQ', None, *rounded) + '/floats.pt'
+        starts = [[base], [floats], [base, '--idea=teacher']]
+        for method, start in zip(plan.methods, starts):
+            if first and (bits < 4 or method == 'QAFT') or chosen and method == 'QAFT':
+                fine_tune(grid, method, *start)
     return found
 
 
+def time_of(job):
+    """The seconds that a run takes on one core, roughly and at most."""
+    plan, found = PLANS[job.name.split()[0]], keys(job.args)
+    steps = {'rtn': 0, 'gptq': plan.windows // plan.batch, None: found.get('max_iters')}
+    return plan.step * (10 + steps[found.get('ptq')])       # ten for evaluations
+
+
+# ------------------------------------------------------------------------------------------------
+# a run, and what is looked at in its model
+
+def taught(teacher):
+    """GPT.forward, but in training the loss is the cross-entropy with what the teacher says."""
+    plain = GPT.forward
+
+    def forward(model, idx, targets=None, caches=None):
+        if targets is None or not model.training or idx.is_meta:        # meta: a dry run
+            return plain(model, idx, targets, caches)
+        with torch.no_grad():
+            p = plain(teacher, idx).softmax(-1)                         # (B, T, vocab)
+        return -(p * plain(model, idx).log_softmax(-1)).sum(-1).mean()
+
+    return forward
+
+
 @torch.no_grad()
-def nll(run, half, most=2 ** 16):
-    """Loss of up to `most` tokens of a half of val.bin: 0 is to choose by, 1 to report."""
-    T, B, data = run.config.block_size, 8, run.val_data
-    n = (len(data) - 1) // T // 2
-    starts = (half * n + np.linspace(0, n - 1, min(n, most // T)).astype(int)) * T
+def losses(run, data, starts):
+    """Loss in nats per token of each of up to 32 parts of the windows that begin at `starts`."""
     run.model.eval()
-    total = 0.0
-    for i in range(0, len(starts), B):
-        x, y = run.batch(data, starts[i:i + B])
-        total += run.model(x, y).item() * len(x)
-    return total / len(starts)
+    return [run.model(*run.batch(data, part)).item()
+            for part in np.array_split(starts, min(32, len(starts)))]
+
+
+def half(run, which, tokens):
+    """`losses` of every second window of val.bin, or fewer: 0 is to choose by, 1 to report."""
+    T = run.config.block_size
+    windows = np.arange(which, (len(run.val_data) - 1) // T, 2)
+    few = np.linspace(0, len(windows) - 1, min(len(windows), tokens // T)).astype(int)
+    return losses(run, run.val_data, windows[few] * T)
 
 
 def measure(job):
-    """run_one, and the loss on both halves, infinite if training failed."""
+    """run_one; the loss on both halves and on the new text, and what was done to the weights."""
+    model, ptq = job.name.split()[0], keys(job.args).get('ptq')
+    plan, base = PLANS[model], jobs_of(model, job.seed)['', 'base', None]
+    opened = lambda job: load(job, f'--dataset=out/ptq/{model}-new', f'--sequences={plan.windows}')
+    if idea(job.args) == 'teacher':
+        ideas.PATCHES['teacher'] = GPT, 'forward', taught(opened(base).model)
     result = run_one(job)
     if result['val_loss'] is None:
-        return {**result, 'choose': math.inf, 'report': math.inf}
-    run = load(job)
-    return {**result, 'choose': nll(run, 0), 'report': nll(run, 1)}
+        return {**result, 'choose': math.inf}
+    run = opened(job)
+    if ptq == 'gptq' and len(plan.methods) > 1:
+        save_floats(run, job.folder)
+    few = sequence_starts(run.config, len(run.train_data))[:max(1, plan.windows // 32)]
+    seen, choose = losses(run, run.train_data, few), half(run, 0, plan.tokens // 2)
+    result |= {'choose': statistics.mean(choose), 'seen': statistics.mean(seen),
+               'report': half(run, 1, plan.tokens)}
+    return result if job.seed == plan.tuned else result | look(opened(base), run, ptq == 'rtn')
+
+
+def save_floats(run, folder):
+    """The checkpoint of quantized weights as floats, to fine-tune from. Where GPTQ's codes do not
+    reach the ends of the grid, the search for a scale finds one close to GPTQ's."""
+    old = config.load(f'{folder}/ckpt.pt', train.Config)
+    state = {name: t for name, t in run.model.state_dict().items()
+             if not name.endswith(('.codes', '.scale'))}
+    state |= {name: dequantize(m.stored_weight()) for name, m in linears(run.model).items()}
+    config.save(f'{folder}/floats.pt', {
+        **old, 'config': {**old['config'], 'stored': ''}, 'model': state})
 
 
 @torch.no_grad()
-def changes(base, group):
-    """What was done to the weights of the base, for each seed of a group of jobs: {'distance':
-    ||w_v - w|| over all parameters, 'layers': {name: |(Q - W) X|^2 / |W X|^2}, 'error': the same
-    of all layers together}, X the inputs in the base on the sequences of that seed."""
-    full, found = load(base), []
-    w, layers = weights(full), linears(full.model)
-    for job in group:
-        run = load(job)
-        q, idx = weights(run), run.sequences()
-        H = hessians(layers, lambda: full.model(idx, idx))
-        size = lambda d, h: (d @ h * d).sum().item()
-        errors = {name: (size(q[name] - w[name], h), size(w[name], h)) for name, h in H.items()}
-        error, whole = map(sum, zip(*errors.values()))
-        found.append({'distance': norm({name: q[name] - w[name] for name in q}),
-                      'layers': {name: e / n for name, (e, n) in errors.items()},
-                      'error': error / whole})
-    return found
+def look(base, run, randomly):
+    """Of the change d of the weights W: its length in the blocks; the local error |d X|^2 /
+    |W X|^2, on inputs X of the base; and the loss along the way, if `randomly` also that along a
+    random d with matrices as long."""
+    layers, w = linears(base.model), {k: p.clone() for k, p in base.model.named_parameters()}
+    q = dict(run.model.named_parameters()) | {      # block weights as the forward sees them
+        k: fake_quant(dequantize(m.stored_weight()), m.how.weights)
+        for k, m in linears(run.model).items()}
+    d, sizes, idx = {name: q[name] - w[name] for name in w}, [], run.sequences()[:128]
+    hooks = [layer.register_forward_pre_hook(lambda m, x, name=name: sizes.append([
+        F.linear(x[0].float(), v[name]).square().sum().item() for v in (d, w)]))
+        for name, layer in layers.items()]
+    base.model(idx, idx)
+    for hook in hooks:
+        hook.remove()
+    error, whole = np.array(sizes).T
 
+    def line(d):
+        found = []
+        for a in WAY:
+            for name, p in base.model.named_parameters():
+                p.copy_(w[name] + a * d[name])
+            found.append(statistics.mean(half(base, 1, 2 ** 14)))
+        return found
 
-def hessians(layers, run):
-    """{name: H} of many layers, of the inputs that they see in run()."""
-    found = {}
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(
-                lambda m, args, name=name: found.update({name: hessian(args[0], m.how)})))
-        run()
-    return found
-
-
-def norm(d):
-    return sum(x.square().sum().item() for x in d.values()) ** 0.5
-
-
-# ------------------------------------------------------------------------------------------------
-# the landscape around the base
-
-class Landscape:
-    """NLL(w + sum of a_i d_i) on 2^14 tokens of the half that is reported."""
-
-    def __init__(self, base):
-        self.run, self.most = load(base), 2 ** 14
-        self.w = {name: p.clone() for name, p in weights(self.run).items()}
-        self.rest = nll(self.run, 1, self.most)
-
-    @torch.no_grad()
-    def rise(self, *steps):
-        """NLL(w + sum of a d) - NLL(w) for steps (a, d)."""
-        for name, p in self.run.model.named_parameters():
-            p.copy_(self.w[name] + sum(a * d[name] for a, d in steps))
-        return nll(self.run, 1, self.most) - self.rest
-
-    def towards(self, job):
-        """d = w_v - w of the model of a job."""
-        q = weights(load(job))
-        return {name: q[name] - self.w[name] for name in q}
-
-    def random(self, like, draw):
-        """A normal d, of each matrix as long as `like`."""
-        generator = torch.Generator().manual_seed(draw)
-        noise = {name: torch.randn(d.shape, generator=generator) for name, d in like.items()}
-        return {name: n * like[name].norm() / n.norm() for name, n in noise.items()}
-
-    def radius(self, d):
-        """R = a ||d||, the largest a with rise(a d) <= TAU, by bisection."""
-        low, high = 0.0, 1.0
-        while self.rise((high, d)) <= TAU:
-            low, high = high, 2 * high
-        for _ in range(8):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.rise((middle, d)) <= TAU else (low, middle)
-        return low * norm(d)
-
-
-def survey(seeds):
-    """Everything that is looked at in trained models: what was done to the weights, curves along
-    RTN, GPTQ, QAFT and random directions, R(w), and the plane at 3 bits; seeds {what: [Job]}."""
-    base = seeds['base'][0]
-    land, steps = Landscape(base), [i / 5 for i in range(8)]
-    found = {'steps': steps, 'curves': {}, 'changes': {
-        f'{what[0]} {what[1]}': changes(base, group) for what, group in seeds.items()
-        if what[0] in BITS}}
-    for bits in BITS:
-        d = {method: land.towards(seeds[bits, method][0]) for method in METHODS}
-        d |= {f'random {i}': land.random(d['RTN'], i) for i in range(3)}
-        found['curves'][str(bits)] = {
-            name: {'norm': norm(v), 'rise': [land.rise((a, v)) for a in steps]}
-            for name, v in d.items()}
-        if bits == 4:       # RTN's errors are alike at all bits but for their size
-            found['radius'] = [land.radius(d[f'random {i}']) for i in range(3)]
-        if bits == 3:
-            u, v = d['GPTQ'], d['QAFT']
-            dot = sum((u[name] * v[name]).sum().item() for name in u) / norm(u) ** 2
-            v = {name: v[name] - dot * u[name] for name in v}           # at right angles to u
-            grid = [i / 5 for i in range(-2, 8)]
-            found['plane'] = {'grid': grid, 'GPTQ': [norm(u), 0.0], 'units': [norm(u), norm(v)],
-                              'QAFT': [dot * norm(u), norm(v)],
-                              'rise': [[land.rise((x, u), (y, v)) for x in grid] for y in grid]}
+    found = {'distance': sum(d[name].square().sum().item() for name in layers) ** 0.5,
+             'error': error.sum() / whole.sum(), 'errors': [*(error / whole)], 'line': line(d)}
+    if randomly:
+        torch.manual_seed(0)
+        noise = {name: torch.randn_like(t) for name, t in d.items()}
+        found['random'] = line({name: d[name].norm() / t.norm() * t for name, t in noise.items()})
     return found
 
 
 # ------------------------------------------------------------------------------------------------
-# P1 to P6, as written before the run
+# what it comes to: `found` is {(grid, method): [a result line of each seed]}
 
-def holds(value, noise=1e-9):
-    """Is a value above zero, by more than its noise?"""
-    return 'PASS' if value > noise else 'FAIL' if value < -noise else 'UNRESOLVED'
-
-
-def at_least(value, bar):
-    return 'PASS' if value >= bar - 1e-9 else 'FAIL'
+def of(found, grid, method, field):
+    return np.array([r[field] for r in found[grid, method]])
 
 
-def gap(a, b):
-    """Mean of a - b over seeds, and three standard deviations of it; RTN has one value for all."""
-    n = max(len(a), len(b))
-    d = [x - y for x, y in zip(a * n if len(a) == 1 else a, b * n if len(b) == 1 else b)]
-    return statistics.mean(d), 3 * statistics.stdev(d) if n > 1 else 0.0
+def loss(found, grid, method):
+    """That of each seed; if there is one alone, that of each part of the text."""
+    parts = of(found, grid, method, 'report')
+    return parts.mean(1) if len(parts) > 1 else parts[0]
 
 
-def predictions(loss, survey):
-    """{P: [(text, value, verdict)]}; loss {(bits, method) or 'base' or 'control': [a seed]}."""
-    found = {f'P{i}': [] for i in range(1, 7)}
-    say = lambda P, text, value, said: found[P].append((text, value, said))
-    of = lambda bits, method, field: [c[field] for c in survey['changes'][f'{bits} {method}']]
-    for bits in (2, 3):
-        for a, b in (('GPTQ', 'QAFT'), ('RTN', 'GPTQ')):
-            mean, noise = gap(loss[bits, a], loss[bits, b])
-            say('P1', f'{bits} bits, loss of {a} - {b}', mean,
-                'PASS' if mean > max(noise, 0.005) else 'FAIL' if mean + noise < 0.005 else
-                'UNRESOLVED')
-    for method in METHODS:
-        mean, noise = gap(loss[8, method], loss['base'])
-        say('P1', f'8 bits, loss of {method} - full, within .005', mean,
-            holds(0.005 - abs(mean), noise))
-    gains = {bits: gap(loss[bits, 'GPTQ'], loss[bits, 'QAFT']) for bits in BITS}
-    for more, fewer in zip(BITS, BITS[1:]):
-        noise = math.hypot(gains[more][1], gains[fewer][1])
-        rise = gains[fewer][0] - gains[more][0]
-        say('P2', f'GPTQ - QAFT at {fewer} - at {more} bits', rise,
-            'UNRESOLVED' if abs(rise) <= noise else holds(rise))
-    pairs = [(g[n], r[n]) for bits in BITS for g, r in
-             zip(of(bits, 'GPTQ', 'layers'), of(bits, 'RTN', 'layers')) for n in g]
-    better = statistics.mean(g < r for g, r in pairs)
-    say('P3', 'share of layers where GPTQ has less error than RTN', better, at_least(better, 0.9))
-    for bits in (3, 2):
-        mean, noise = gap(of(bits, 'QAFT', 'error'), of(bits, 'GPTQ', 'error'))
-        say('P3', f'{bits} bits, layer error of QAFT - GPTQ', mean, holds(mean, noise))
-    for bits in BITS:
-        mean, noise = gap(of(bits, 'GPTQ', 'distance'), of(bits, 'RTN', 'distance'))
-        say('P4', f'{bits} bits, r of GPTQ - RTN', mean, at_least(mean, 0))
-    for bits in (3, 2):
-        mean, noise = gap(of(bits, 'QAFT', 'distance'), of(bits, 'GPTQ', 'distance'))
-        say('P4', f'{bits} bits, r of QAFT - GPTQ', mean, holds(mean, noise))
-        mean, noise = gap(loss[bits, 'GPTQ'], loss[bits, 'QAFT'])
-        for P in ('P3', 'P4'):
-            say(P, f'{bits} bits, loss of GPTQ - QAFT', mean, holds(mean, noise))
-    radius = statistics.mean(survey['radius'])
-    ratio = {bits: of(bits, 'RTN', 'distance')[0] / radius for bits in BITS}
-    for bits in BITS:
-        if bits != 4:
-            say('P5', f'{bits} bits, r / R of RTN, {"<" if bits > 4 else ">"} 1', ratio[bits],
-                holds((1 - ratio[bits]) * (1 if bits > 4 else -1)))
-    rank = ranks(list(ratio.values()), [loss[bits, 'RTN'][0] for bits in BITS])
-    say('P5', 'rank correlation of r / R with the loss of RTN', rank, at_least(rank, 0.9))
-    found['P6'] = slopes(loss, survey)
-    return found
+def costs(found):
+    """{(grid, method): rise of the loss}, of fine-tuning over the control, else over the base."""
+    return {(grid, method): loss(found, grid, method) - loss(
+        found, '', 'control' if method in TUNED else 'base') for grid, method in found if grid}
 
 
-def slopes(loss, survey):
-    """Parts of P6: the rise of the loss a unit of distance, of each method and at random."""
-    found, distances = [], lambda bits, method: [
-        change['distance'] for change in survey['changes'][f'{bits} {method}']]
-    one, base = survey['steps'].index(1.0), loss['base'][0]
-    for bits in (4, 3, 2):      # our choice: with more, differences drown in fine-tuning's noise
-        slope = {m: [(x - base) / r for x, r in zip(loss[bits, m], distances(bits, m))]
-                 for m in METHODS}
-        slope['random'] = [c['rise'][one] / c['norm'] for name, c in
-                           survey['curves'][str(bits)].items() if 'random' in name]
-        for a, b in (('QAFT', 'GPTQ'), ('GPTQ', 'RTN'), ('RTN', 'random')):
-            mean, noise = gap(slope[b], slope[a])
-            found.append((f'{bits} bits, slope of {b} - {a}', mean, holds(mean, noise)))
-    return found
+def ways(found, grid, method):
+    """Of each seed the rise of the loss along WAY; of fine-tuning, over it towards the control."""
+    if method in TUNED:
+        return of(found, grid, method, 'line') - of(found, '', 'control', 'line')
+    lines = of(found, grid, *(('RTN', 'random') if method == 'random' else (method, 'line')))
+    return lines - lines[:, :1]
 
 
-def ranks(a, b):
-    """Spearman's rank correlation."""
-    order = [np.argsort(np.argsort(x)) for x in (a, b)]
-    return float(np.corrcoef(*order)[0, 1])
+def claims(found):
+    """{what was claimed before anything ran: [(text, a number of each seed, sign, bound)]}; the
+    parts of a claim are about means, and one family."""
+    cost_of, grids = costs(found), list(dict.fromkeys(grid for grid, _ in found if grid))
+    low, best = [grid for grid in grids if grid[3] < '4'], ('QAFT', 'GPTQ', 'RTN')
+    cost = lambda grid, method: cost_of[grid, method]
+    gain = lambda grid: cost(grid, 'GPTQ') - cost(grid, 'QAFT')
+
+    def rising(what, methods, which, bound=0):
+        """On these grids each method has more of it than the one before."""
+        return [(f'{g}, {b} - {a}', what(g, b) - what(g, a), '>=', bound)
+                for a, b in pairwise(methods) for g in which]
+
+    told = {
+        'P0: at 3 and 2 bits QAFT costs less than GPTQ': rising(cost, best[:2], low),
+        'P1: there QAFT costs less than GPTQ, and GPTQ than RTN, by .005 nats each':
+            rising(cost, best, low, 0.005),
+        'P2: the fewer bits, the more QAFT gains on GPTQ': [
+            (f'{b} over {a}', gain(b) - gain(a), '>=', 0) for a in grids
+            for b in [f'int{int(a[3]) - 1}{a[4:]}'] if b in grids],
+        'P7: at 3 and 2 bits it pays to start from GPTQ, and to have a teacher': [
+            part for method in TUNED[1:] for part in rising(
+                cost, (method, 'QAFT'), [g for g in low if (g, method) in found])]}
+    if 'line' not in found[grids[0], 'RTN'][0]:
+        return told
+    r = lambda grid, method: of(found, grid, method.replace('random', 'RTN'), 'distance')
+    error = lambda grid, method: of(found, grid, method, 'error')
+    slope = lambda grid, method: ways(found, grid, method)[:, WAY.index(1)] / r(grid, method)
+    share = np.mean([of(found, g, 'GPTQ', 'errors') < of(found, g, 'RTN', 'errors')
+                     for g in grids], (0, 2))
+    edge, rank = {}, lambda x: np.argsort(np.argsort(x))
+    for g in grids:     # R is read off the random way with the longest steps, where rise ~ r^2
+        far = 'int2' + g[4:]
+        edge[g] = r(g, 'RTN') / r(far, 'RTN') / [
+            np.interp(TAU ** 0.5, way.clip(0) ** 0.5, WAY) for way in ways(found, far, 'random')]
+    order = [np.corrcoef(rank(x), rank(y))[0, 1] for x, y in zip(
+        zip(*edge.values()), zip(*(cost(g, 'RTN') for g in grids)))]
+    return told | {
+        'P3: GPTQ has less local error than RTN in 90 % of the layers, at 3 and 2 bits QAFT more '
+        'than GPTQ': [('share', share, '>=', 0.9), *rising(error, ('GPTQ', 'QAFT'), low)],
+        'P4: RTN is no farther from the trained weights than GPTQ; at 3 and 2 bits QAFT is farther'
+        : rising(r, ('RTN', 'GPTQ'), grids) + rising(r, ('GPTQ', 'QAFT'), low),
+        f'P5: RTN ends within R, where random steps cost {TAU} nats, at 4 bits, and beyond it at '
+        '2; r / R orders its costs, with a rank correlation of .9': [
+            *((f'{g}, r / R', edge[g], '<=' if g[3] == '4' else '>=', 1)
+              for g in grids if g[3] != '3'), ('rank correlation', order, '>=', 0.9)],
+        'P6: a unit of distance costs least with QAFT, then GPTQ, RTN, and random steps':
+            rising(slope, (*best, 'random'), grids)}
 
 
-def claim_line(name, size, parts):
-    """One line of a table: PASS if all parts do, FAIL if one does, else UNRESOLVED."""
-    said = {one for *_, one in parts}
-    word = 'FAIL' if 'FAIL' in said else 'UNRESOLVED' if 'UNRESOLVED' in said else 'PASS'
-    numbers = '; '.join(f'{text}: {value:+.3g}' + ('' if one == 'PASS' else f' ({one})')
-                        for text, value, one in parts)
-    return f'| {name} | {size} | **{word}** | {numbers} |'
+def show(values):
+    return '{:+.4f} ± {:.4f}'.format(*interval([*values]))
 
 
-# ------------------------------------------------------------------------------------------------
-# what comes out
+def table(model, found, chosen):
+    """Lines of markdown: the losses of a model, and what became of the claims."""
+    cost_of, base, n = costs(found), loss(found, '', 'base'), len(found['', 'base'])
+    seen = {what: statistics.mean(r['seen'] for r in lines) for what, lines in found.items()}
+    lines = ['', f'## {model}, {statistics.mean(base):.4f} nats per token, '
+             + (f'{n} seeds' if n > 1 else 'one seed: intervals are over parts of the text'), '',
+             '| weights | method | rise of the loss | over the control | on text it saw | rate, '
+             'epochs |', '|---|---|---|---|---|---|']
+    for grid, method in [('', 'control'), *cost_of]:
+        over = show(cost_of[grid, method]) if method in TUNED else ''
+        how = ', '.join(map(str, chosen[grid[:4], method] or ()))
+        lines.append(f'| {grid} | {method} | {show(loss(found, grid, method) - base)} | {over} | '
+                     f'{seen[grid, method] - seen["", "base"]:+.4f} | {how} |')
+    lines += ['', '| claim | | its parts: mean and 95 % interval |', '|---|---|---|']
+    for claim, parts in claims(found).items():
+        words = decide([([*values], sign, bound) for _, values, sign, bound in parts])
+        whole = next((word for word in ('FAIL', 'UNRESOLVED') if word in words), 'PASS')
+        lines += [f'| {claim} | **{whole}** | ' + '; '.join(
+            f'{text}: {show(values)}, wanted {sign} {bound}, {word}'
+            for word, (text, values, sign, bound) in zip(words, parts)) + ' |'] if parts else []
+    return lines
 
-COLORS = {'RTN': 'C0', 'GPTQ': 'C1', 'QAFT': 'C2', 'random': '0.6'}
 
-
-def draw(losses, surveys, stem):
+def draw(everything, path):
+    """Costs by bits; of the first model also costs by local error, and the loss on the way."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    draw_losses(losses, surveys, stem.with_suffix('.png'), pyplot)
-    draw_landscape(surveys, stem.with_name(f'{stem.name}-landscape.png'), pyplot)
-    draw_plane(surveys, stem.with_name(f'{stem.name}-plane.png'), pyplot)
-
-
-def draw_losses(losses, surveys, path, pyplot):
-    """The rise of the loss against bits, a panel a size, and against the local error."""
-    fig, axes = pyplot.subplots(1, 1 + len(losses), figsize=(5.5 * (1 + len(losses)), 4.6),
-                                layout='constrained')
-    for axis, marker, (size, loss) in zip(axes, 'os', losses.items()):
-        full = loss['base'][0]
-        for method in METHODS:
-            rises = {bits: [x - full for x in loss[bits, method]] for bits in BITS}
-            error = [statistics.stdev(r) if len(r) > 1 else 0 for r in rises.values()]
-            axis.errorbar(BITS, [statistics.mean(r) for r in rises.values()], error, fmt='o-',
-                          capsize=3, color=COLORS[method], label=method)
-            for bits in BITS:
-                changed = surveys[size]['changes'][f'{bits} {method}'][0]
-                at = changed['error'], max(rises[bits][0], 1e-4)
-                axes[-1].plot(*at, marker, color=COLORS[method])
-                axes[-1].annotate(str(bits), at, xytext=(4, 3), textcoords='offset points',
-                                  fontsize=7)
-        axis.axhline(statistics.mean(loss['control']) - full, color='0.4', ls='--', lw=1,
-                     label='fine-tuned in full precision')
-        axis.set_yscale('symlog', linthresh=0.01)
-        axis.set_yticks(*zip(*((y, f'{y:g}') for y in (0, .01, .03, .1, .3, 1))))
-        axis.minorticks_off()
-        axis.set(title=f'{size} model, {full:.3f} nats in full precision', xticks=BITS,
-                 ylim=(-0.003, 1.2), xlabel='bits per weight',
-                 ylabel='rise of the loss, nats/token')
-        axis.legend(fontsize=8)
-    axes[-1].set(xscale='log', yscale='log', xlabel='local error, |(Q - W) X|^2 / |W X|^2',
-                 title='Local error and loss; numbers are bits',
-                 ylabel='rise of the loss, nats/token')
-    for axis in axes:
+    fig, (one, two, three) = pyplot.subplots(1, 3, figsize=(17, 5), layout='constrained')
+    for (model, found), marker in zip(everything.items(), 'osD'):
+        curves = {}
+        for (grid, method), value in costs(found).items():
+            beside = int(grid[3]) + 0.04 * (len(COLORS) / 2 - [*COLORS].index(method))
+            curves.setdefault((method, grid[4:-4]), []).append((beside, *interval([*value])))
+        for (method, group), points in curves.items():
+            one.errorbar(*zip(*points), marker=marker, ms=4, capsize=3, color=COLORS[method],
+                         ls='-:'['row' in group], label=f'{method}, {model}{group}')
+    found = next(iter(everything.values()))
+    for (grid, method), value in costs(found).items():
+        two.plot(of(found, grid, method, 'error').mean(), value.mean(), '^so'[int(grid[3]) - 2],
+                 color=COLORS[method])
+    grid = next(grid for grid, _ in found if grid[:4] == 'int3')
+    for method in (m for m in COLORS if m == 'random' or (grid, m) in found):
+        r = of(found, grid, method.replace('random', 'RTN'), 'distance').mean()
+        three.plot([a * r for a in WAY], ways(found, grid, method).mean(0), 'o-', ms=4,
+                   color=COLORS[method], label=method, markevery=[WAY.index(1)])
+    for axis, title, x, more in (
+            (one, 'cost', 'bits of a weight', {'xticks': (2, 3, 4)}),
+            (two, 'cost; circles 4, squares 3, triangles 2 bits',
+             'local error, |(Q - W) X|^2 / |W X|^2', {'xscale': 'log'}),
+            (three, f'on the way to {grid}', 'distance from the trained weights', {})):
+        axis.set(title=title, xlabel=x, ylabel='rise of the loss; QAFT over the control', **more)
         axis.grid(alpha=0.3)
+        if axis is not three:
+            axis.set_yscale('symlog', linthresh=0.01)
+    one.legend(fontsize=6)
+    three.legend(fontsize=8)
     fig.savefig(path, dpi=120)
 
 
-def draw_landscape(surveys, path, pyplot):
-    """The rise of the loss along the way to each quantized model, a panel for size and bits."""
-    fig, axes = pyplot.subplots(len(surveys), len(BITS), figsize=(16, 3.4 * len(surveys)),
-                                squeeze=False, layout='constrained')
-    for row, (size, survey) in zip(axes, surveys.items()):
-        for axis, bits in zip(row, BITS):
-            curves = survey['curves'][str(bits)]
-            for name, curve in curves.items():
-                kind = name.split()[0]
-                axis.plot([a * curve['norm'] for a in survey['steps']], curve['rise'],
-                          color=COLORS[kind], label=None if name[-1] in '12' else kind)
-                at = survey['steps'].index(1.0)
-                axis.plot(curve['norm'], curve['rise'][at], 'o', color=COLORS[kind], ms=4)
-            axis.axvline(statistics.mean(survey['radius']), color='0.4', ls=':')
-            axis.axhline(TAU, color='0.4', ls=':')
-            ends = [c['rise'][survey['steps'].index(1.0)] for c in curves.values()]
-            axis.set(title=f'{size}, {bits} bits', xlabel='distance from the trained weights',
-                     ylim=(-0.1 * max(0.1, *ends), max(0.1, 1.3 * max(ends))),
-                     xlim=(0, 1.4 * max(c['norm'] for c in curves.values())))
-        row[0].set_ylabel('rise of the loss, nats/token')
-        row[0].legend(fontsize=8)
-    fig.savefig(path, dpi=110)
+# ------------------------------------------------------------------------------------------------
+# from the first run to the last
 
+def run_model(model, options):
+    """Train what is not in the results yet: ({(grid, method): [a result line of each seed]},
+    {(bits, method): the chosen how})."""
+    path, tries = RESULTS / 'ptq.jsonl', jobs_of(model, PLANS[model].tuned)
 
-def draw_plane(surveys, path, pyplot):
-    """The rise of the loss in the plane through full precision, GPTQ and QAFT."""
-    fig, axes = pyplot.subplots(1, len(surveys), figsize=(6 * len(surveys), 5), squeeze=False,
-                                layout='constrained')
-    for axis, (size, survey) in zip(axes[0], surveys.items()):
-        plane = survey['plane']
-        x, y = ([g * unit for g in plane['grid']] for unit in plane['units'])
-        levels = [-0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5]
-        found = axis.contourf(x, y, plane['rise'], levels=levels, extend='both', cmap='viridis_r',
-                              norm='symlog')
-        for name, at in (('full precision', (0, 0)), ('GPTQ', plane['GPTQ']),
-                         ('QAFT', plane['QAFT'])):
-            axis.plot(*at, 'ko', ms=4)
-            axis.annotate(name, at, xytext=(5, 5), textcoords='offset points')
-        axis.set(title=f'{size}: plane through the weights, 3 bits', aspect='equal',
-                 xlabel='distance towards GPTQ', ylabel='distance at right angles')
-        fig.colorbar(found, ax=axis, label='rise of the loss, nats/token', format='%g')
-    fig.savefig(path, dpi=110)
+    def run(what_for, every):
+        """Result lines by mark. What others start from comes first, and keeps its checkpoints."""
+        hours = sum(time_of(job) for found in every for job in found.values()) / 3600
+        tqdm.write(f'{model}, {what_for}: {hours / options.jobs:.1f} hours if none of it is done')
+        for stage in ('base',), ('RTN', 'GPTQ'), ('control', *TUNED):
+            todo = [job for found in every for what, job in found.items() if what[1] in stage]
+            keep = [job.name for job in todo if 'control' not in stage]
+            run_all(path, todo, options.jobs, keep, measure, time_of)
+        return {r['mark']: r for r in read(path)}
 
-
-def table_lines(loss, tries):
-    cell = lambda rises: f'{statistics.mean(rises):+.4f}' + \
-        (f' ± {statistics.stdev(rises):.4f}' if len(rises) > 1 else '')
-    rise = lambda what: cell([x - loss['base'][0] for x in loss[what]])
-    row = lambda name, cells, best: f'| {name} | {" | ".join(cells)} | {best[0]}, {best[1]} |'
-    return ['| bits | RTN | GPTQ | QAFT | its rate, steps |', '|---|---|---|---|---|',
-            *(row(bits, [rise((bits, m)) for m in METHODS], tries[bits]) for bits in BITS),
-            row('full precision, fine-tuned', ['', '', rise('control')], tries['control'])]
-
-
-def train_size(size, options):
-    """Everything of one size that trains: ({what: [Job, one per seed]}, {bits: try of QAFT})."""
-    path, jobs = RESULTS / 'ptq.jsonl', jobs_of(size, options.sequences)
-    keep = [job.name for job in jobs.values()]
-    base, todo = jobs['base'], list(jobs.values())
-    done = {r['mark'] for r in read(path)}
-    if base.mark in done and not (base.folder / 'ckpt.pt').exists() and \
-            not all(job.mark in done for job in todo):
-        raise SystemExit(f'the checkpoint of {base.name} is gone: remove the lines of this size '
-                         f'from {path.name} to make all of it again')
-    run_all(path, [base], 1, keep, measure)
-    choose = {r['name']: r['choose'] for r in run_all(path, todo, options.jobs, keep, measure)}
-    tries = {what: min(TRIES, key=lambda how: choose[jobs[what, how].name])
-             for what in (*BITS, 'control')}
-    for what, how in (key for key in jobs if key != 'base'):            # those that lost
-        if how in TRIES and how != tries[what]:
-            shutil.rmtree(jobs[what, how].folder, ignore_errors=True)
-    three = lambda job: [job._replace(seed=seed) for seed in (1, 2, 3)]
-    seeds = {'base': [base], 'control': three(jobs['control', tries['control']])}
-    for bits in BITS:
-        seeds |= {(bits, 'RTN'): [jobs[bits, 'RTN']], (bits, 'GPTQ'): three(jobs[bits, 'GPTQ']),
-                  (bits, 'QAFT'): three(jobs[bits, tries[bits]])}
-    run_all(path, [job for group in seeds.values() for job in group], options.jobs, keep, measure)
-    return seeds, tries
+    make_text(model)
+    lines = run('to choose rates and epochs', [tries])
+    best_last = sorted(tries.items(), key=lambda item: -lines[item[1].mark]['choose'])
+    chosen = {(grid[:4], method): how for (grid, method, how), _ in best_last}
+    reports = [jobs_of(model, seed, chosen) for seed in options.seeds[:PLANS[model].seeds]]
+    lines = run('to report', reports)
+    return {what[:2]: [lines[found[what].mark] for found in reports]
+            for what in reports[0]}, chosen
 
 
 def main(options):
-    stem = RESULTS / ('ptq' if options.sequences == 128 else f'ptq-{options.sequences}')
-    saved, losses, surveys = stem.with_name(f'{stem.name}-analysis.json'), {}, {}
-    if saved.exists():
-        surveys = json.loads(saved.read_text(encoding='utf-8'))
-    claims, tables = ['| | model | | |', '|---|---|---|---|'], []
-    for size in options.sizes:
-        seeds, tries = train_size(size, options)
-        report = {r['mark']: r['report'] for r in read(RESULTS / 'ptq.jsonl')}
-        marks = sorted(job.mark for group in seeds.values() for job in group)
-        if surveys.get(size, {}).get('marks') != marks:
-            surveys[size] = {'marks': marks, **survey(seeds)}
-            saved.write_text(json.dumps(surveys), encoding='utf-8')
-        loss = losses[size] = {what: [report[job.mark] for job in group]
-                               for what, group in seeds.items()}
-        claims += [claim_line(name, size, parts) for name, parts in
-                   predictions(loss, surveys[size]).items()]
-        tables += ['', f'**{size}**: rise of the loss over {loss["base"][0]:.4f} nats/token', '',
-                   *table_lines(loss, tries)]
-        rise, _ = gap(loss[3, 'GPTQ'], loss['base'])
-        enough = 'Trained' if rise > 0.01 else 'Not trained'
-        tables += ['', f'{enough} long enough: GPTQ in 3 bits costs {rise:.4f} nats, .01 is the '
-                   'least that tells.']
-    lines = claims + tables
-    print('\n'.join(lines))
-    if options.sizes == list(BASES):
-        stem.with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-        draw(losses, surveys, stem)
+    everything, lines = {}, ['# Quantized after training, or fine-tuned']
+    for model in options.models:
+        everything[model], chosen = run_model(model, options)
+        lines += table(model, everything[model], chosen)
+    report(RESULTS / 'ptq', lines)
+    if 'line' in everything[options.models[0]]['', 'base'][0]:
+        draw(everything, RESULTS / 'ptq.png')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--sizes', nargs='+', choices=BASES, default=list(BASES))
-    parser.add_argument('--sequences', type=int, default=128, help='to calibrate or fine-tune on')
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
-    os.chdir(ROOT)                                      # where config/ is
+    parser = parser_of(__doc__, [11, 12, 13])
+    parser.add_argument('--models', nargs='+', choices=PLANS, default=['small', 'smollm2'])
     main(parser.parse_args())

@@ -46,7 +46,8 @@ SIZES = {  # name: arguments for train.py that come before all others
 
 def arguments(text):
     """Keys as in a config file, 'config/w8.py learning_rate=1e-3', as arguments of train.py."""
-    return [word if word.startswith('config/') else f'--{word}' for word in text.split()]
+    return [word if word.startswith('config/') or word.endswith('.pt') else f'--{word}'
+            for word in text.split()]
 
 
 class Job(NamedTuple):
@@ -210,9 +211,10 @@ def start_worker(threads, free=None):
         pass
 
 
-def run_all(path, todo, jobs, keep=(), run=run_one):
+def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
     """Train what is not yet in the file `path`, `jobs` at a time, and keep the checkpoints of the
-    names in `keep`; returns the results of `todo`. `run` makes a result line of a job."""
+    names in `keep`; returns the results of `todo`. `run` makes a result line of a job, and `cost`
+    says about how many seconds it takes on one core."""
     done = {r.get('mark') for r in read(path)}
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
@@ -224,9 +226,9 @@ def run_all(path, todo, jobs, keep=(), run=run_one):
         missing = {job.mark: job for job in todo if job.mark not in done}      # each once
         keep = {job.mark for job in todo if job.name in keep}
         pending = {pool.submit(run, job): job for job in missing.values()}
-        hours = sum(map(seconds, missing.values())) / min(jobs, cores()) / 3600
+        hours = sum(map(cost or seconds, missing.values())) / min(jobs, cores()) / 3600
         tqdm.write(f'{path.name}: {len(missing)} of {len(todo)} runs to train, about {hours:.1f} '
-                   'hours where a core takes 4e10 weights times tokens a second')
+                   'hours' + (not cost) * ' where a core takes 4e10 weights times tokens a second')
         try:
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()

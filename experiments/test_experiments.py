@@ -6,6 +6,7 @@ The experiments: every row is a run, what is interrupted goes on, and verdicts a
 import argparse
 import json
 import math
+import random
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 
 import quant
 import train
-from data.corpus import prepare
+from data.corpus import prepare, read_dataset
+from data.tokenizer import make_tokenizer
 from experiments import (bench, bits, direct, fuzz, ideas, memory, no_gpu, pretrained,
                          pretraining, ptq, runs, scaling)
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ptq.documents
 
 
 @pytest.fixture(scope='session')
@@ -38,7 +41,7 @@ def small(data):
     return [f'--dataset={data}', '--n_layer=2', '--n_head=2', '--n_embd=64', '--hidden=64',
             '--block_size=32', '--batch_size=4', '--max_iters=6', '--warmup_iters=2',
             '--eval_interval=3', '--log_interval=1', '--eval_tokens=256', '--final_tokens=512',
-            '--sample_tokens=8', '--dtype=float32', '--device=cpu']
+            '--sample_tokens=8', '--dtype=float32', '--device=cpu', '--base_width=64']
 
 
 @pytest.fixture(autouse=True)
@@ -68,16 +71,13 @@ def test_every_row_of_an_experiment_is_a_run(monkeypatch):
         seen.add(strategy)
 
     monkeypatch.setattr(train, 'dry_run', step)
-    for size in direct.TRIES:                                           # every size has its rows
-        for section in direct.rows(size).values():
-            for text in section.values():
-                train.parse([*runs.SIZES[size], *runs.plain(runs.arguments(text))])
-    assert direct.TRIES.keys() == pretraining.RATES.keys() == runs.SIZES.keys()
+    for size in runs.SIZES.values():
+        train.parse(size)
     for program in pretraining, direct:
         names = [name for section in program.rows().values() for name in section]
         assert len(set(names)) == len(names)
         claimed = {c[i].removesuffix(', as ternary') for c in program.CLAIMS for i in (2, 5)}
-        assert claimed <= set(names)
+        assert claimed <= {*names, pretraining.ROUNDED}
         for section in program.rows().values():
             for text in section.values():
                 train.parse(runs.plain(runs.arguments(text)))
@@ -89,9 +89,13 @@ def test_every_row_of_an_experiment_is_a_run(monkeypatch):
         if not point['of']:
             assert config.max_iters * config.batch_size * config.block_size == point['D'] < 14e6
             assert runs.weights(config) == point['N'] and config.n_embd // config.n_head % 2 == 0
-    for size in ptq.BASES:
-        jobs = ptq.jobs_of(size).values()
+    for model, plan in ptq.PLANS.items():
+        jobs = ptq.jobs_of(model, 11).values()
         assert len({job.mark for job in jobs}) == len(jobs)
+        best = dict.fromkeys((what[0][:4], what[1]) for what in ptq.jobs_of(model, 11))
+        what = ptq.jobs_of(model, 11, dict.fromkeys(best, (plan.rates[0], 1)))
+        assert all((f'int3/{group}/mse', 'QAFT', (plan.rates[0], 1)) in what
+                   for group in plan.groups)            # it reports on all grids
 
 
 def test_a_mark_is_of_what_matters(monkeypatch):
@@ -172,41 +176,110 @@ def test_an_experiment_goes_on_where_it_stopped(small, elsewhere):
     assert again == [one, {**two, 'name': 'renamed'}, three] and not seen
 
 
-def test_quantized_after_training_and_looked_at(small, elsewhere, monkeypatch):
-    """The post-training experiment from its first run to its tables, of a tiny model."""
-    shape = [a for a in small if 'iters' not in a and 'sample' not in a] + ['--n_layer=1']
-    monkeypatch.setitem(ptq.SIZES, 'small', shape)
-    monkeypatch.setitem(ptq.BASES, 'small', 'learning_rate=1e-2 max_iters=20 warmup_iters=2')
-    monkeypatch.setattr(ptq, 'TRIES', [('1e-4', 4)])
-    monkeypatch.setattr(ptq, 'BITS', (8, 4, 3, 2))
+@pytest.fixture
+def tiny(elsewhere, monkeypatch):
+    """The experiment with trained models, of a tiny one and bytes of words in random order."""
+    rng = random.Random(0)
+    words = [''.join(rng.choices('abcdefghijklmnop', k=6)) for _ in range(200)]
+    lists = [[' '.join(rng.choices(words, k=1000)) for _ in range(n)] for n in (6, 2, 1)]
+    monkeypatch.setattr(ptq, 'documents', lambda model: lists)
+    monkeypatch.setattr(ptq, 'make_tokenizer', lambda which, text: make_tokenizer(256))
+    shape = ('n_layer=1 n_head=2 n_embd=64 hidden=64 block_size=32 batch_size=4 warmup_iters=2 '
+             'log_interval=10 dtype=float32 device=cpu learning_rate=2e-3 max_iters=240')
+    plan = ptq.PLANS['small']._replace(
+        start=shape, windows=32, batch=4, groups=(32,), bits=(3, 2), rates=('1e-5', '1e-3'),
+        epochs=(1,), tokens=512)
+    monkeypatch.setitem(ptq.PLANS, 'small', plan)
     monkeypatch.chdir(elsewhere)        # where the checkpoints are
     (elsewhere / 'config').symlink_to(ROOT / 'config')
-    ptq.main(argparse.Namespace(sizes=['small'], sequences=8, jobs=1))
-    results = runs.read(elsewhere / 'ptq.jsonl')
-    assert len(results) == 1 + 1 + 4 + 4 + 4 + 2 * (1 + 4 + 4)  # base, tries, RTN, GPTQ, seeds
-    assert all(r['report'] > 0 for r in results)
-    base, *_ = results
-    eight = [r for r in results if r['name'].startswith('small 8-bit RTN')]
-    assert eight[0]['report'] == pytest.approx(base['report'], abs=0.01)
-    found = json.loads((elsewhere / 'ptq-8-analysis.json').read_text(encoding='utf-8'))['small']
-    assert found['changes']['2 RTN'][0]['error'] > found['changes']['2 GPTQ'][0]['error'] > \
-        found['changes']['8 RTN'][0]['error'] > 0
+    return elsewhere
 
 
-def test_what_pretraining_looks_at(small, elsewhere, monkeypatch):
-    """Every analysis, of a tiny model that is barely trained."""
-    monkeypatch.setattr(pretraining, 'TOKENS', 512)
-    names = pretraining.KEPT
-    jobs = {name: [runs.Job(name, [*small, *runs.arguments(name)], seed) for seed in (1, 2)]
-            for name in names}
-    results = runs.run_all(elsewhere / 'x.jsonl', sum(jobs.values(), []), 1, names)
-    found = pretraining.analyse(jobs, small)
-    assert set(found['memory']) > {'float32', 'direct ternary'}
-    assert found['memory']['direct ternary']['weights'] < found['memory']['float32']['weights']
-    assert all(0.9 < c <= 1.001 for c in found['cosines']['W8A8'])
-    assert found['layers'] == list(found['snr'])
-    lines = pretraining.claims(results, found)
-    assert sum('rounding after training' in line for line in lines) == 3
+def test_text_to_fine_tune_on_was_never_read(tiny):
+    ptq.make_text('small')
+    old, val, _ = read_dataset(str(tiny / 'out' / 'ptq' / 'small-base'))
+    new, same, _ = read_dataset(str(tiny / 'out' / 'ptq' / 'small-new'))
+    seen = lambda ids: [ids[i:i + 32].tobytes() in old.tobytes() for i in range(0, len(ids), 32)]
+    assert all(seen(old)) and not any(seen(new)) and (val == same).all()
+    jobs = ptq.jobs_of('small', 11)
+    read = {runs.keys(job.args)['dataset'].rpartition('-')[2]: what[1] == 'base'
+            for what, job in jobs.items()}
+    assert read == {'base': True, 'new': False}         # all that start from a base read new text
+    # the real text: files, of which none is in two of the lists
+    pytest.importorskip('sympy')
+    lists = [*map(set, DOCUMENTS('small'))]
+    assert all(lists) and not (lists[0] & lists[1] or lists[0] & lists[2] or lists[1] & lists[2])
+
+
+def test_quantized_after_training_and_looked_at(tiny, capsys):
+    """The post-training experiment from its first run to its tables, of a tiny model."""
+    options = argparse.Namespace(models=['small'], seeds=[11, 12], jobs=1)
+    ptq.main(options)
+    results = runs.read(tiny / 'ptq.jsonl')
+    # the base, RTN and GPTQ on 2 grids, 2 tries of 3 methods and of the control; for each of 2
+    # seeds the same without tries
+    assert len(results) == 1 + 4 + 2 * (6 + 1) + 2 * (1 + 4 + 6 + 1)
+    found = {(r['name'], r['seed']): r for r in results}
+    base, three, two = (found[f'small {what}', 11] for what in (
+        'base', 'int3/32/mse RTN', 'int2/32/mse RTN'))
+    assert base['line'][4] < three['line'][4] < two['line'][4]
+    assert two['error'] > three['error'] > 0 and \
+        two['error'] > found['small int2/32/mse GPTQ', 11]['error'] > 0
+    assert base['distance'] == 0 and two['line'][0] == pytest.approx(base['line'][4])
+    assert {r['args'][0].rpartition('/')[2] for r in results if 'from GPTQ' in r['name']} == \
+        {'floats.pt'}
+    said = (tiny / 'ptq.md').read_text()
+    assert (tiny / 'ptq.png').exists() and all(f'| P{i}: ' in said for i in range(8))
+    ptq.main(options)                                                   # nothing is left to train
+    assert len(runs.read(tiny / 'ptq.jsonl')) == len(results)
+
+
+def test_the_control_is_subtracted_and_a_verdict_has_a_family():
+    pytest.importorskip('scipy')
+    line = lambda loss: {'report': [loss, loss + 0.1], 'seen': 2.0}
+    three = lambda loss: [line(loss + noise) for noise in (-1e-5, 0, 1e-5)]
+    found = {('', 'base'): [line(2.0)] * 3, ('', 'control'): [line(1.9)] * 3}
+    for grid, gptq in (('int3/64/mse', 2.05), ('int2/64/mse', 2.2)):
+        found |= {(grid, 'RTN'): [line(2.3)] * 3, (grid, 'GPTQ'): [line(gptq)] * 3,
+                  (grid, 'QAFT'): three(1.98)}
+    # over the base QAFT is ahead by .07, over the control behind by .03
+    assert ptq.costs(found)['int3/64/mse', 'QAFT'] == pytest.approx([.08] * 3, abs=1e-4)
+    P0 = next(iter(ptq.claims(found).values()))
+    assert [values.mean() for _, values, *_ in P0] == pytest.approx([-.03, .12], abs=1e-4)
+    assert runs.decide([([*values], sign, bound) for _, values, sign, bound in P0]) == \
+        ['FAIL', 'PASS']
+    # of a single seed the parts of the text are what varies
+    alone = {what: lines[:1] for what, lines in found.items()}
+    assert ptq.costs(alone)['int2/64/mse', 'GPTQ'] == pytest.approx([.2, .2])
+
+
+def test_a_teacher_is_imitated_in_training_alone(monkeypatch):
+    torch.manual_seed(0)
+    config = train.Config(n_layer=1, n_head=2, n_embd=32, hidden=32, block_size=16)
+    teacher, model = GPT(config, 64), GPT(config, 64)
+    idx, targets = torch.randint(64, (2, 2, 16)).unbind()
+    monkeypatch.setitem(ideas.PATCHES, 'teacher', (GPT, 'forward', ptq.taught(teacher)))
+    with ideas.trying('teacher'):
+        p, q = teacher(idx).softmax(-1), model(idx).log_softmax(-1)
+        assert model(idx, targets).item() == pytest.approx(-(p * q).sum(-1).mean().item())
+        train.dry_run(config)
+        other = model.eval()(idx, targets).item()
+    assert other == model(idx, targets).item() == pytest.approx(torch.nn.functional.cross_entropy(
+        model(idx).flatten(0, 1), targets.flatten()).item(), rel=1e-5)
+
+
+def test_what_pretraining_looks_at(small, elsewhere):
+    """What is looked for in trained models, of tiny ones that are barely trained."""
+    todo = [runs.Job(name, [*small, *runs.arguments(f'config/{name}.py')], seed)
+            for name in (pretraining.BASE, 'w4', 'w8') for seed in (1, 2)]
+    results = runs.run_all(elsewhere / 'x.jsonl', todo, 1, run=pretraining.run_and_look)
+    base, w4, w8 = results[::2]
+    assert base['rounded']['val_loss'] != base['val_loss']
+    assert 0 < base['zeros']['layer'] < 50 < base['zeros']['logits'] <= 100
+    assert base['sharpness'] != w4['sharpness'] and 'sharpness' not in w8
+    pytest.importorskip('scipy')
+    said = pretraining.look_lines(results)
+    assert len(said) == 5 and '**FAIL**' in said[2] and all('[' in line for line in said[2:])
 
 
 def test_a_verdict_needs_more_than_chance():
