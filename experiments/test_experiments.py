@@ -213,6 +213,8 @@ def test_text_to_fine_tune_on_was_never_read(tiny):
 
 def test_quantized_after_training_and_looked_at(tiny, capsys):
     """The post-training experiment from its first run to its tables, of a tiny model."""
+    for module in ('scipy', 'matplotlib'):
+        pytest.importorskip(module)
     options = argparse.Namespace(models=['small'], seeds=[11, 12], jobs=1)
     ptq.main(options)
     results = runs.read(tiny / 'ptq.jsonl')
