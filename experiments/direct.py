@@ -6,11 +6,11 @@ Direct quantized training (paper 2, 2412.04787) against BitNet and full precisio
     python -m experiments.direct --sections hard --size=default       corpus, at 3.7M parameters,
     python -m experiments.direct --sections hard --size=large --seeds 11     and at 41M
 
-Every side has rates of its own, found by as many tries, on seeds 1 to 4 only (section `tune`); what
-is reported are other seeds. No token is read twice. Besides the hard goal: codes of other grids,
+Every side has rates of its own, found by as many tries, on seeds 1 to 4 only (section `tune`);
+what is reported are other seeds. No token is read twice. Besides the hard goal: codes of other grids,
 states in few bits, controls, the ingredients of the direct update, and ideas that are not in it.
-Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are skipped),
-.md and .png.
+Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are
+skipped), .md and .png.
 """
 import math
 import statistics
@@ -57,7 +57,8 @@ def rows():
             'm and v float32': 'adam_m= adam_v=', 'm float32': 'adam_m=',
             'm and v 8-bit': 'adam_m=int8/row adam_v=uint8/64/root4',
             'm 8-bit by chance': 'adam_m=int8/row/stochastic',
-            'm 4-bit': 'adam_m=int4/64/sqrt', 'm 4-bit by chance': 'adam_m=int4/64/sqrt/stochastic',
+            'm 4-bit': 'adam_m=int4/64/sqrt',
+            'm 4-bit by chance': 'adam_m=int4/64/sqrt/stochastic',
             'm and v 4-bit': 'adam_m=int4/64/sqrt adam_v=uint4/64/root4'},
         'around': {
             'all else in float32': 'dtype=float32 activations= compute=float',

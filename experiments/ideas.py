@@ -5,8 +5,8 @@ run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
     sign       r = sign(m), as in Lion (Chen et al., arXiv 2302.06675)
     muon       r = U V^T of m, of rms 1: Muon (Jordan et al., 2024)
     kept       m stays where a code changed, instead of becoming zero
-    feedback   what rounding left over goes into m: ECO (Nikdan et al., arXiv 2601.22101). m is then
-               also a low-bit residual, so that the weight is in effect a latent of more bits
+    feedback   what rounding left over goes into m: ECO (Nikdan et al., arXiv 2601.22101). m is
+               then also a low-bit residual, so that the weight is in effect a latent of more bits
     sticky     hysteresis: from -1 or 1 back to 0 only on strong evidence
     attention  a rate of their own for its matrices
 """

@@ -26,9 +26,9 @@ RATES = {'adamw': 'learning_rate=.75e-3 embedding_lr=6e-3',
 
 BASE, STRATEGIES = 'baseline', 'w8 a8 g8 w8a8 w8a8g8 kv4 adam8 w4 a4 w4a4 w4a4g4 adam4 everything'
 G4, M4, V8 = 'gradients=int4/row', 'adam_m=int4/row', 'adam_v=uint8/tensor'
-DX, DW, ROTATED = 'mxfp4 in dx', 'mxfp4 in dw', 'mxfp4 in dw, hadamard'
-STOCHASTIC = 'mxfp4 in dw, stochastic'
-ROUNDED = 'baseline, rounded to int4/row'       # no run, but part of one: see `run_and_look`
+DX, DW = 'mxfp4 in dx', 'mxfp4 in dw'
+BY_CHANCE, ROTATED = 'mxfp4/stochastic in dw', 'mxfp4/hadamard in dw'
+ROUNDED = 'baseline, rounded to int4/row'       # no run: see `run_and_look`
 
 
 def rows():
@@ -40,15 +40,15 @@ def rows():
     nvfp4 = three('nvfp4', '/hadamard/stochastic')      # about the recipe of 2509.25149
     muon = 'optimizer=muon', 'optimizer=muon adam_m=int8/row', 'optimizer=muon adam_m=mxfp8'
     return {
-        'strategies': {name: f'config/{name}.py' for name in (BASE, *STRATEGIES.split())},
-        'paper 1': dict(zip(paper, paper)),
-        'blocks, in all three matmuls': {
+        'Strategies': {name: f'config/{name}.py' for name in (BASE, *STRATEGIES.split())},
+        'Paper 1': dict(zip(paper, paper)),
+        'Blocks, in all three matmuls': {
             'mxfp8': three('mxfp8', ''), 'nvfp4': nvfp4,
             'nvfp4, but the last layer': f'{nvfp4} keep=h.3'},
-        'four bits in one matmul': {
-            'mxfp4 forward': 'weights=mxfp4 activations=mxfp4', DX: one('', 'dx'),
-            DW: one('', 'dw'), STOCHASTIC: one('/stochastic', 'dw'),
-            ROTATED: one('/hadamard', 'dw')},
+        'Four bits in one matmul': {
+            'mxfp4 forward': 'weights=mxfp4 activations=mxfp4',
+            DX: one('', 'dx'), DW: one('', 'dw'),
+            BY_CHANCE: one('/stochastic', 'dw'), ROTATED: one('/hadamard', 'dw')},
         'Muon': dict(zip(muon, muon))}
 
 
@@ -62,7 +62,7 @@ CLAIMS = [  # (of whom, what it says, a, '<=' or '>=', percent, b): loss(a) agai
     ('paper 1', 'linear 8-bit v blows up', V8, '>=', 5, BASE),
     ('2605.09825', 'dx in 4 bits costs little', DX, '<=', 1, BASE),
     ('2605.09825', 'dw in 4 bits is what hurts', DW, '>=', 0, DX),
-    ('2605.09825', 'stochastic rounding does not help it', STOCHASTIC, '>=', 0, DW),
+    ('2605.09825', 'stochastic rounding does not help it', BY_CHANCE, '>=', 0, DW),
     ('2605.09825', 'a fixed rotation does', ROTATED, '<=', 0, DW)]
 
 
@@ -86,8 +86,8 @@ def run_and_look(job):
 
 @torch.no_grad()
 def sharpness(run, size=0.2, draws=8):
-    """How much the loss rises, in nats, where the weights that the forward sees get normal noise
-    of `size` times their own rms, which is about what rounding to 4 bits makes of noise."""
+    """How much the loss rises, in nats, if the weights that the forward sees get normal noise of
+    `size` times their own rms; rounding to 4 bits changes them about half as much."""
     layers = list(linears(run.model).values())
     seen = [fake_quant(layer.weight, layer.how.weights).clone() for layer in layers]
     found, generator = [], torch.Generator().manual_seed(0)
@@ -103,22 +103,20 @@ def sharpness(run, size=0.2, draws=8):
 def zeros(run):
     """Percents of the gradients that rounding to int8/row makes zero: {'layer': of the median
     block linear's output, 'logits': of softmax - onehot}."""
-    T, found = run.config.block_size, []
-
-    def look(layer, args, y):
-        if y.requires_grad:
-            y.register_hook(lambda g: found.append(lost(g)))
-
     def lost(g):
         gone = (fake_quant(g, 'int8/row') == 0) & (g != 0)
         return 100 * (gone.sum() / (g != 0).sum()).item()
 
-    for layer in linears(run.model).values():
-        layer.register_forward_hook(look)
+    def look(layer, args, y):
+        y.register_hook(lambda g: found.append(lost(g)))
+
+    T, found = run.config.block_size, []
     x, y = run.batch(run.val_data, range(0, 8 * T, T))
-    run.model(x, y).backward()
     with torch.no_grad():
         p = run.model(x).softmax(-1)                                    # (8, T, vocab)
+    for layer in linears(run.model).values():
+        layer.register_forward_hook(look)
+    run.model(x, y).backward()
     logits = lost(p - torch.nn.functional.one_hot(y, p.shape[-1]))
     return {'layer': statistics.median(found), 'logits': logits}
 
@@ -179,13 +177,13 @@ def draw(results, sections, path, most=100):
             for values, value in zip(drawn[kind], point):
                 values.append(value)
     for kind, (label, style) in kinds.items():
-        x, y, half = drawn[kind]
-        panel.errorbar(x, y, xerr=half if kind == 'seeds' else None, ms=4, capsize=2, color='C0',
-                       label=label, **style)
+        x, y, halves = drawn[kind]
+        panel.errorbar(x, y, xerr=halves if kind == 'seeds' else None, ms=4, capsize=2,
+                       color='C0', label=label, **style)
     panel.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for label in panel.get_yticklabels():
         label.set_weight('bold' if label.get_text() in sections else 'normal')
-    low, high = panel.get_xlim()
+    low, high = panel.get_xlim()        # the usual marks would be powers of ten alone
     marks = [x for x in (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50)
              if low <= x <= high]
     panel.set_xticks(marks, [f'{x:g}' for x in marks])
@@ -215,13 +213,13 @@ def main(options):
     results = run_all(stem.with_suffix('.jsonl'), jobs_of(options.seeds), options.jobs,
                       run=run_and_look)
     results += [{**r, **r['rounded'], 'name': ROUNDED} for r in results if 'rounded' in r]
-    sections['paper 1'][ROUNDED] = ''
+    sections['Paper 1'][ROUNDED] = ''
     lines = []
     for family in dict.fromkeys(claim[0] for claim in CLAIMS):
         lines += [*claim_lines(results, [c for c in CLAIMS if c[0] == family]), '']
     lines += look_lines(results)
     for section, names in sections.items():
-        lines += ['', f'**{section[0].upper()}{section[1:]}**', '', *table_lines(results, names)]
+        lines += ['', f'**{section}**', '', *table_lines(results, names)]
     report(stem, lines)
     draw(results, sections, stem.with_suffix('.png'))
 
