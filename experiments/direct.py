@@ -7,8 +7,8 @@ Direct quantized training (paper 2, 2412.04787) against BitNet and full precisio
     python -m experiments.direct --sections hard --size=large --seeds 11     and at 41M
 
 Every side has rates of its own, found by as many tries, on seeds 1 to 4 only (section `tune`);
-what is reported are other seeds. No token is read twice. Besides the hard goal: codes of other grids,
-states in few bits, controls, the ingredients of the direct update, and ideas that are not in it.
+what is reported are other seeds. No token is read twice. Besides the hard goal: codes of other
+grids, states in few bits, controls, the ingredients of the direct update, and ideas that are not in it.
 Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are
 skipped), .md and .png.
 """
