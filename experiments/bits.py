@@ -3,9 +3,9 @@ Where does a weight keep what it has learned? python -m experiments.bits
 
 Loss against all bits that last from one step to the next, of a weight of the blocks: its code,
 with its share of the scales, and its momentum, of which either may have few. v is a row
-and a column.
-The small model, 2,400 steps, text that is not read twice. Writes results/bits.jsonl, one line a
-run, .md and .png. 60 runs: about an hour and a half on two cores; finished ones are skipped.
+and a column. The small model, 2,400 steps, text that is not read twice. Writes
+results/bits.jsonl, one line a run, .md and .png. 60 runs: about two and a half hours on two
+cores; finished ones are skipped.
 """
 import statistics
 

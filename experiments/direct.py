@@ -6,9 +6,9 @@ Direct quantized training (paper 2, 2412.04787) against BitNet and full precisio
     python -m experiments.direct --sections hard --size=default       corpus, at 3.7M parameters,
     python -m experiments.direct --sections hard --size=large --seeds 11     and at 41M
 
-Every side has rates of its own, found by as many tries, on seeds 1 to 4 only (section `tune`);
-what is reported are other seeds. No token is read twice. Besides the hard goal: codes of other
-grids, states in few bits, controls, the ingredients of the direct update, and ideas that are not in it.
+Every side has rates of its own, found by tries on seeds 1 to 4 only (section `tune`); what is
+reported are other seeds. No token is read twice. Besides the hard goal: codes of other grids,
+states in few bits, controls, the ingredients of the direct update, and ideas that are not in it.
 Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are
 skipped), .md and .png.
 """
@@ -20,18 +20,22 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, losse
 
 ADAMW, MUON, BITNET, ROWS, TERNARY = SIDES = (
     'AdamW', 'Muon', 'BitNet', 'BitNet, a scale a row', 'direct ternary')
-# {side: the tries it had}: the first is what it takes, the best of them when it was chosen
-TRIES = {
-    ADAMW: [f'config/baseline.py {keys}' for keys in (
-        'learning_rate=1.5e-3 embedding_lr=12e-3',)],
-    MUON: [f'config/baseline.py optimizer=muon {keys}' for keys in (
-        'learning_rate=1.5e-3 embedding_lr=12e-3',)],
-    BITNET: [f'config/bitnet.py {keys}' for keys in (
-        'learning_rate=1e-3 embedding_lr=12e-3',)],
-    ROWS: [f'config/bitnet.py weights=ternary/row/absmean {keys}' for keys in (
-        'learning_rate=1e-3 embedding_lr=12e-3',)],
-    TERNARY: [f'config/ternary.py {keys}' for keys in (
-        'embedding_lr=24e-3',)]}
+# {side: the tries it had on seed 1}: the first is what it takes. They are those of the small size
+# in results/tries.jsonl, and not yet as many for every side
+TRIES = {side: [f'{how} {keys}'.strip() for keys in tries] for side, how, tries in (
+    (ADAMW, 'config/baseline.py', (
+        '', 'init_gain=1.', 'embedding_lr=12e-3 init_gain=0.',
+        'learning_rate=.4e-3 init_gain=0.',
+        'learning_rate=1.5e-3 embedding_lr=12e-3 init_gain=0.')),
+    (MUON, 'config/baseline.py optimizer=muon', ('init_gain=0.', '')),
+    (BITNET, 'config/bitnet.py', (
+        'learning_rate=.5e-3 embedding_lr=12e-3', '', 'learning_rate=1.5e-3',
+        'learning_rate=.5e-3 init_gain=0.', 'learning_rate=1e-3 embedding_lr=12e-3 init_gain=0.',
+        'learning_rate=2e-3 embedding_lr=12e-3 init_gain=0.')),
+    (ROWS, 'config/bitnet.py weights=ternary/row/absmean', ('',)),
+    (TERNARY, 'config/ternary.py', (
+        'code_lr=.4', 'code_lr=.4 embedding_lr=24e-3', 'embedding_lr=24e-3',
+        'code_lr=.2 embedding_lr=12e-3')))}
 # how codes are stored: (Spec, code_lr on its own grid, and under a ternary forward)
 GRIDS = {
     'int2': ('int2/row/absmean/stochastic', .1, .1), 'int3': ('int3/row/stochastic', .06, .1),
