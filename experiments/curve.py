@@ -5,24 +5,35 @@ Losses of runs side by side, over the tokens they have seen (pip install matplot
 
 A faint line is the training loss, smoothed over log lines, and a line with dots the validation
 loss; a run that was quantized without training is a dashed line. Only losses on the same data
-compare: where runs differ in that, the legend says which data.
+compare: where runs differ in that, the legend says which data. Below is what rounding did at the
+last evaluation to each tensor of each layer, as the ratio of signal to noise: the lower, the more
+a layer suffers.
 """
 import json
 import os
 import sys
 
+MARKS = {'activations': 'o', 'weights': 'x'}
+
 
 def read(path):
-    """(folder, sha256 of the data, [(tokens, loss)] of train, the same of val, last val loss)."""
+    """(folder, sha256 of the data, [(tokens, loss)] of train, the same of val, last val loss,
+    {tensor: {layer: dB}})."""
     with open(path, encoding='utf-8') as f:
         head, *log = map(json.loads, f)
     c, curves, last = head['config'], {'train_loss': [], 'val_loss': []}, None
     step = c['batch_size'] * c['grad_accum'] * c['block_size'] * head.get('world', 1)
+    ratios = {}
     for line in log:
         last = line.get('val_loss', last)
+        for layer, seen in line.get('health', {}).items():
+            for kind in MARKS:
+                if seen.get(kind, {}).get('snr_db') is not None:
+                    ratios.setdefault(kind, {})[layer] = seen[kind]['snr_db']
         for key in curves.keys() & line.keys() if 'done' not in line else ():
             curves[key].append((line.get('tokens', line['iter'] * step), line[key]))
-    return os.path.dirname(os.path.abspath(path)), head['sha256'], *curves.values(), last
+    return (os.path.dirname(os.path.abspath(path)), head['sha256'], *curves.values(), last,
+            ratios)
 
 
 def smooth(points, keep=0.8):
@@ -38,10 +49,14 @@ def draw(runs, path):
     import matplotlib
     matplotlib.use('Agg')                                               # a file, no screen
     from matplotlib import pyplot, ticker
-    fig, ax = pyplot.subplots(figsize=(10, 5.5), layout='constrained')
+    layers = list(dict.fromkeys(layer for *_, ratios in runs for kind in ratios.values()
+                                for layer in kind))
+    fig, panels = pyplot.subplots(1 + bool(layers), figsize=(10, 5.5 + 3.5 * bool(layers)),
+                                  layout='constrained', squeeze=False)
+    ax = panels[0, 0]
     names = [os.path.basename(folder) for folder, *_ in runs]
     seen = []                                       # losses that must be within the picture
-    for i, (folder, sha256, train, val, last) in enumerate(runs):
+    for i, (folder, sha256, train, val, last, ratios) in enumerate(runs):
         label = names[i] if names.count(names[i]) == 1 else os.path.relpath(folder)
         label += f'  {last:.3f}' if last else ''
         label += f'  (data {sha256[:6]})' if len({run[1] for run in runs}) > 1 else ''
@@ -53,6 +68,9 @@ def draw(runs, path):
         else:
             ax.plot(*zip(*train or [(0, None)]), alpha=0.4, linewidth=1, color=colour)
             ax.plot(*zip(*val or [(0, None)]), 'o-', markersize=4, color=colour, label=label)
+        for kind, found in ratios.items():
+            panels[1, 0].plot([layers.index(layer) for layer in found], [*found.values()],
+                              MARKS[kind], color=colour)
         # without the first fall from log(vocabulary), which would take up most of it
         seen += [y for _, y in val + train[len(train) // 4:]] + [last] * bool(last)
     ax.plot([], alpha=0.4, linewidth=1, color='black', label='training, smoothed')
@@ -61,8 +79,16 @@ def draw(runs, path):
     ax.set(xlabel='tokens seen', ylabel='loss (nats per token)')
     ax.xaxis.set_major_formatter(ticker.EngFormatter())                 # 1.5 M
     ax.set_xlim(left=0)
-    ax.grid(alpha=0.3)
-    fig.legend(loc='outside right upper', title='run and its last validation loss')
+    if layers:
+        panels[1, 0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+        panels[1, 0].set(ylabel='signal to noise of rounding, dB')
+        for kind, mark in MARKS.items():
+            panels[1, 0].plot([], mark, color='black', label=kind)
+        panels[1, 0].legend(fontsize=8)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    fig.legend(*ax.get_legend_handles_labels(), loc='outside right upper',
+               title='run and its last validation loss')
     fig.savefig(path, dpi=150)
 
 

@@ -19,8 +19,8 @@ import quant
 import train
 from data.corpus import prepare, read_dataset
 from data.tokenizer import make_tokenizer
-from experiments import (bench, bits, direct, fuzz, ideas, memory, no_gpu, pretrained,
-                         pretraining, ptq, runs, scaling)
+from experiments import (bench, bits, curve, direct, fit, fuzz, ideas, memory, no_gpu,
+                         pretrained, pretraining, ptq, runs, scaling)
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +56,32 @@ def log_of(folder):
 
 # ------------------------------------------------------------------------------------------------
 # rows and runs
+
+@pytest.mark.parametrize('how', ['baseline', 'adam4', 'ternary'])
+def test_fit_counts_what_a_run_will_hold(small, how):
+    config = train.parse([f'config/{how}.py', *small])
+    found, kept, idx = fit.memory(config, 256), [], torch.zeros(4, 32, dtype=torch.long)
+    model = GPT(config, 256)
+    quant.rtn_(model, config.stored)
+    held = quant.bytes_held(model, quant.Optimizer(model, config))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = model(idx, idx)
+    kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in kept)}
+    loss.backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    assert found == dict(weights=held['weights'], states=held['optimizer'], gradients=gradients,
+                         activations=sum(n for at, n in kept.items() if at not in own))
+
+
+def test_a_curve_shows_what_rounding_does_to_layers(small, tmp_path):
+    train.main(['config/w4a4.py', *small, f'--out_dir={tmp_path}/run'])
+    *_, last, ratios = curve.read(f'{tmp_path}/run/log.jsonl')
+    assert 0 < last < 6 and {*ratios} == {'weights', 'activations'}
+    assert len(ratios['weights']) == 8 and all(5 < dB < 40 for dB in ratios['weights'].values())
+    curve.draw([curve.read(f'{tmp_path}/run/log.jsonl')], tmp_path / 'curve.png')
+    assert (tmp_path / 'curve.png').stat().st_size > 10_000
+
 
 def test_every_row_of_an_experiment_is_a_run(monkeypatch):
     seen = set()
