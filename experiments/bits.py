@@ -33,10 +33,8 @@ def bits(result):
 
 
 def draw(results, path):
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, panel = pyplot.subplots(figsize=(7.5, 5), layout='constrained')
+    from experiments.figures import pyplot
+    figure, panel = pyplot.subplots(figsize=(7.5, 5))
     for code in CODES:
         points = []
         for m in MOMENTA:
@@ -50,9 +48,8 @@ def draw(results, path):
                 panel.annotate(m, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
     panel.set(xscale='log', xlabel='bits of a weight that last: code, scale and momentum',
               ylabel='validation loss, nats/token')
-    panel.grid(alpha=0.3)
     panel.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def main(options):

@@ -50,11 +50,9 @@ def measure():
 
 def plot(path):
     """Draw a file of points to cost.png beside it."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from experiments.figures import pyplot
     data = json.loads(path.read_text(encoding='utf-8'))
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout='constrained')
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for panel, axis, label in zip(panels, ('width', 'context'),
                                   ('width (context 256)', 'context in tokens (width 256)')):
         for name in STRATEGIES:
@@ -63,7 +61,6 @@ def plot(path):
                        'o-', label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
         panel.set(xscale='log', yscale='log', xlabel=label)
         panel.set_xticks([p['value'] for p in points], [str(p['value']) for p in points])
-        panel.grid(alpha=0.3)
         panel.minorticks_off()
     times = [p['seconds_a_token'] * 1e6 for p in data['points']]
     ticks = [m * 10.0 ** e for e in range(-4, 5) for m in (1, 2, 5)]
@@ -74,7 +71,7 @@ def plot(path):
                   title='bytes per weight of the blocks: weights + optimizer states')
     figure.suptitle(f'Time a token: {data["gpu"] or data["machine"]}, torch '
                     f'{data["versions"]["torch"]}, {data["date"]}')
-    figure.savefig(RESULTS / 'cost.png', dpi=120)
+    figure.savefig(RESULTS / 'cost.png')
 
 
 if __name__ == '__main__':

@@ -46,13 +46,12 @@ def smooth(points, keep=0.8):
 
 def draw(runs, path):
     """The picture of what `read` gave."""
-    import matplotlib
-    matplotlib.use('Agg')                                               # a file, no screen
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
+    from experiments.figures import pyplot
     layers = list(dict.fromkeys(layer for *_, ratios in runs for kind in ratios.values()
                                 for layer in kind))
     fig, panels = pyplot.subplots(1 + bool(layers), figsize=(10, 5.5 + 3.5 * bool(layers)),
-                                  layout='constrained', squeeze=False)
+                                  squeeze=False)
     ax = panels[0, 0]
     names = [os.path.basename(folder) for folder, *_ in runs]
     seen = []                                       # losses that must be within the picture
@@ -60,14 +59,14 @@ def draw(runs, path):
         label = names[i] if names.count(names[i]) == 1 else os.path.relpath(folder)
         label += f'  {last:.3f}' if last else ''
         label += f'  (data {sha256[:6]})' if len({run[1] for run in runs}) > 1 else ''
-        # up to ten colours that one can tell apart, or as many as there are runs
-        colour = f'C{i}' if len(runs) <= 10 else pyplot.get_cmap('turbo')((i + 0.5) / len(runs))
+        # up to eight colours that one can tell apart, or as many as there are runs
+        colour = f'C{i}' if len(runs) <= 8 else pyplot.get_cmap('turbo')((i + 0.5) / len(runs))
         train = list(smooth(train))
         if last and not train:
             ax.axhline(last, linestyle='--', color=colour, label=label)
         else:
             ax.plot(*zip(*train or [(0, None)]), alpha=0.4, linewidth=1, color=colour)
-            ax.plot(*zip(*val or [(0, None)]), 'o-', markersize=4, color=colour, label=label)
+            ax.plot(*zip(*val or [(0, None)]), 'o-', color=colour, label=label)
         for kind, found in ratios.items():
             panels[1, 0].plot([layers.index(layer) for layer in found], [*found.values()],
                               MARKS[kind], color=colour)
@@ -85,11 +84,9 @@ def draw(runs, path):
         for kind, mark in MARKS.items():
             panels[1, 0].plot([], mark, color='black', label=kind)
         panels[1, 0].legend(fontsize=8)
-    for panel in panels.flat:
-        panel.grid(alpha=0.3)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside right upper',
                title='run and its last validation loss')
-    fig.savefig(path, dpi=150)
+    fig.savefig(path)
 
 
 def main(argv):

@@ -16,8 +16,8 @@ import itertools
 import math
 import statistics
 
-from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, losses, parser_of,
-                              report, results_of, run_all, table)
+from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
+                              parser_of, report, results_of, run_all, table)
 
 ADAMW, MUON, BITNET, ROWS, TERNARY = SIDES = (
     'AdamW', 'Muon', 'BitNet', 'BitNet, a scale a row', 'direct ternary')
@@ -110,44 +110,45 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
 
 
 def draw(results, path):
-    """What a side loses against the bytes that it holds of a weight; and the way there, over steps:
-    its loss above that of AdamW, and how well random tokens are copied."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    fig, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.8), layout='constrained')
-    for color, section in zip(('k', 'C0', 'C1', 'C2'),
-                              ('hard', 'stored', 'ternary forward', 'states')):
-        for name in rows()[section]:
+    """The loss of each side against the bytes that it holds of a weight, and the way there: its
+    loss above AdamW's, and how well random tokens are copied."""
+    from experiments.figures import METHODS, pyplot
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4.2))
+
+    def points(names):
+        """(bytes, mean loss, half of its interval) of those that ran and ended."""
+        for name in names:
             values = list(losses(results, name).values())
-            if not values or math.inf in values:
-                continue
-            size = next(r for r in results if r['name'] == name)['bytes']['linear']
-            point = size['weights'] + size['optimizer'], statistics.mean(values)
-            left.plot(*point, 'o', color=color)
-            left.annotate(name, point, xytext=(4, 4), textcoords='offset points', fontsize=7,
-                          color=color)
-    left.set(xscale='log', xlabel='bytes held for a weight: itself and optimizer states',
-             ylabel='validation loss, nats/token', title='Loss against bytes per weight')
+            if values and math.inf not in values:
+                size = next(r for r in results if r['name'] == name)['bytes']['linear']
+                mean, half = interval(values)
+                yield size['weights'] + size['optimizer'], mean, half if len(values) > 1 else 0
+
+    for name in rows()['hard']:
+        for x, y, half in points([name]):
+            left.errorbar(x, y, half, fmt='o', capsize=2, color=METHODS[name], label=name)
+    for section, mark in ('stored', 's-'), ('ternary forward', 'D-'):
+        if found := [*zip(*points(rows()[section]))]:
+            left.plot(*found[:2], mark, color='0.6', lw=1, label=f'{section}: int2, 3, 4, 8')
+    left.set(xscale='log', xlabel='bytes that a weight and its states hold',
+             ylabel='validation loss, nats/token', title='Loss against bytes')
     ticks = [1, 1.5, 2, 3, 4, 6, 8, 12]
     left.set_xticks(ticks, [f'{t:g}' for t in ticks])
     left.minorticks_off()
     first = itertools.repeat(0.0)       # of AdamW, if it has run
-    for i, side in enumerate(SIDES):
+    for side in SIDES:
         runs = [r['evaluations'] for r in results if r['name'] == side and r['val_loss']]
         if runs:
             # of each evaluation the mean over seeds
             steps, loss, copied = zip(*(map(statistics.mean, zip(*e)) for e in zip(*runs)))
             first = loss if side == ADAMW else first
-            middle.plot(steps, [b - a for a, b in zip(first, loss)], color=f'C{i}', label=side)
-            right.plot(steps, copied, color=f'C{i}', label=side)
+            middle.plot(steps, [b - a for a, b in zip(first, loss)], color=METHODS[side])
+            right.plot(steps, copied, color=METHODS[side])
     middle.set(xlabel='step', ylabel='nats/token above AdamW', title='The way there')
-    right.set(xlabel='step', ylabel='nats that a token costs less', title='Random tokens, the '
-              'second time')
-    middle.legend(fontsize=8)
-    for panel in (left, middle, right):
-        panel.grid(alpha=0.3)
-    fig.savefig(path, dpi=120)
+    right.set(xlabel='step', ylabel='nats that a token costs less',
+              title='Random tokens, the second time')
+    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    figure.savefig(path)
 
 
 def main(options):

@@ -3,11 +3,11 @@ What a run takes of memory, before it runs: python -m experiments.fit CONFIGS an
 
     python -m experiments.fit config/llama_1b.py config/ternary.py --batch_size=4 --memory=80
 
-Bytes of weights, optimizer states, gradients (with update_in_backward the largest alone) and of
-what waits for the backward, in GiB, beside the same model in full precision. Nothing is computed:
-it counts the tensors of a model that has shapes and no data. Activations are those of eager code
-in bfloat16 (--dtype=float32: in that), with attention as a GPU does it; compiled code keeps less. With --memory, GiB of a
-device, it says how many sequences at a time would fill it.
+GiB of weights, optimizer states, gradients (with update_in_backward the largest alone), and of
+what waits for the backward, beside the same model in full precision. Nothing is computed: it
+counts the tensors of a model that has shapes and no data. Activations are those of eager code in
+bfloat16 (--dtype=float32: in that), with attention as a GPU does it; compiled code keeps less.
+With --memory, GiB of a device, it says how many sequences at a time would fill it.
 """
 import json
 import os

@@ -3,8 +3,8 @@ Loss against the memory of training, at equal tokens: python -m experiments.memo
 
 For 2, 4, 8 and 16 MB of weights, optimizer states and the largest gradient (each is used at
 once: update_in_backward), the widest model of each recipe, trained on the same tokens, none twice.
-Writes results/memory.jsonl, one line a run, .md and .png. 44 runs: about two and a half hours on two
-cores; finished ones are skipped.
+Writes results/memory.jsonl, one line a run, .md and .png. 44 runs: about two and a half
+hours on two cores; finished ones are skipped.
 """
 import statistics
 from dataclasses import replace
@@ -17,9 +17,9 @@ from quant import Optimizer, bytes_held, rtn_
 
 EIGHT_BITS = 'adam_m=int8/row adam_v=rank1 beta2=.999'
 RECIPES = {
-    'float32 AdamW': 'config/baseline.py',
-    'BitNet, 8-bit states': f'config/bitnet.py {EIGHT_BITS}',
-    'bfloat16 by chance, 8-bit states': f'stored=bf16/stochastic weight_decay=0 {EIGHT_BITS}',
+    'AdamW': 'config/baseline.py',
+    'BitNet, a scale a row': f'config/bitnet.py {EIGHT_BITS}',
+    'bfloat16, 8-bit states': f'stored=bf16/stochastic weight_decay=0 {EIGHT_BITS}',
     'direct int8': 'config/direct8.py', 'direct int4': 'config/direct4.py',
     'direct ternary': 'config/ternary.py'}
 MEGABYTES, STEPS = (2, 4, 8, 16), 2400
@@ -69,23 +69,20 @@ def jobs(seeds, most=MEGABYTES):
 def draw(points, path):
     """Loss against the memory of training, and against its operations: {recipe: [(megabytes,
     operations, [losses])]}."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout='constrained')
+    from experiments.figures import METHODS, pyplot
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for panel, axis, label in zip(panels, (0, 1), ('MB of weights, optimizer states and gradient',
                                                    'operations of training, 6 N D')):
         for recipe, found in points.items():
             x, y = [p[axis] for p in found], [statistics.mean(p[2]) for p in found]
-            panel.plot(x, y, 'o-', label=recipe)
+            panel.plot(x, y, 'o-', color=METHODS[recipe], label=recipe)
         panel.set(xscale='log', xlabel=label)
-        panel.grid(alpha=0.3)
     panels[0].set_xticks(MEGABYTES, MEGABYTES)
     panels[0].minorticks_off()
     panels[0].set(ylabel='validation loss, nats/token', title='The same tokens, and memory')
     panels[1].set_title('The same runs by what they compute')
-    panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    panels[0].legend()
+    figure.savefig(path)
 
 
 def main(options):

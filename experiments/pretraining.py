@@ -157,12 +157,10 @@ def table_lines(results, names):
 
 def draw(results, sections, path, most=100):
     """A line for every row: its loss against the baseline, up to `most` percent."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from experiments.figures import pyplot
     ticks = [name for section, names in sections.items() for name in (section, *names)]
     ticks.remove(BASE)
-    figure, panel = pyplot.subplots(figsize=(8, 0.21 * len(ticks) + 1.2), layout='constrained')
+    figure, panel = pyplot.subplots(figsize=(8, 0.21 * len(ticks) + 1.2))
     panel.set_xscale('symlog', linthresh=1, linscale=1.5)       # linear between -1 and 1
     kinds = {   # (label in the legend, style)
         'seeds': ('mean and 95 % interval', {'fmt': 'o', 'mfc': 'C0'}),
@@ -178,7 +176,7 @@ def draw(results, sections, path, most=100):
                 values.append(value)
     for kind, (label, style) in kinds.items():
         x, y, halves = drawn[kind]
-        panel.errorbar(x, y, xerr=halves if kind == 'seeds' else None, ms=4, capsize=2,
+        panel.errorbar(x, y, xerr=halves if kind == 'seeds' else None, capsize=2,
                        color='C0', label=label, **style)
     panel.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for label in panel.get_yticklabels():
@@ -191,9 +189,9 @@ def draw(results, sections, path, most=100):
     panel.set(ylim=(len(ticks) - 0.5, -0.5),
               xlabel='validation loss against the baseline, % (beyond 1: logarithmic)')
     panel.axvline(0, color='0.5', lw=1, zorder=0)
-    panel.grid(axis='x', alpha=0.3)
-    figure.legend(loc='outside upper center', ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    panel.grid(False, axis='y')
+    figure.legend(loc='outside upper center', ncols=3)
+    figure.savefig(path)
 
 
 def jobs_of(seeds):

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 
 TUNED = 'QAFT', 'QAFT from GPTQ', 'QAFT with a teacher'
-COLORS = dict(zip(('RTN', 'GPTQ', *TUNED, 'random'), ('C0', 'C1', 'C2', 'C3', 'C4', '0.6')))
+DRAWN = 'RTN', 'GPTQ', *TUNED, 'random'
 RATES = '3e-5', '1e-4', '3e-4', '1e-3'
 PLANS = {   # a model that is trained here reads 4.1M tokens, each once; a step has 2,048
     'small': Plan('config/small.py max_iters=2000', 1024, 8, (64, 'row'), (4, 3, 2), RATES,
@@ -343,39 +343,36 @@ def table(model, found, chosen):
 
 def draw(everything, path):
     """Costs by bits; of the first model also costs by local error, and the loss on the way."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    fig, (one, two, three) = pyplot.subplots(1, 3, figsize=(17, 5), layout='constrained')
+    from experiments.figures import METHODS, pyplot
+    fig, (one, two, three) = pyplot.subplots(1, 3, figsize=(13, 4.4))
     for (model, found), marker in zip(everything.items(), 'osD'):
         curves = {}
         for (grid, method), value in costs(found).items():
-            beside = int(grid[3]) + 0.04 * (len(COLORS) / 2 - [*COLORS].index(method))
+            beside = int(grid[3]) + 0.04 * (len(DRAWN) / 2 - DRAWN.index(method))
             curves.setdefault((method, grid[4:-4]), []).append((beside, *interval([*value])))
         for (method, group), points in curves.items():
-            one.errorbar(*zip(*points), marker=marker, ms=4, capsize=3, color=COLORS[method],
+            one.errorbar(*zip(*points), marker=marker, capsize=3, color=METHODS[method],
                          ls='-:'['row' in group], label=f'{method}, {model}{group}')
     found = next(iter(everything.values()))
     for (grid, method), value in costs(found).items():
         two.plot(of(found, grid, method, 'error').mean(), value.mean(), '^so'[int(grid[3]) - 2],
-                 color=COLORS[method])
+                 color=METHODS[method])
     grid = next(grid for grid, _ in found if grid[:4] == 'int3')
-    for method in (m for m in COLORS if m == 'random' or (grid, m) in found):
+    for method in (m for m in DRAWN if m == 'random' or (grid, m) in found):
         r = of(found, grid, method.replace('random', 'RTN'), 'distance').mean()
-        three.plot([a * r for a in WAY], ways(found, grid, method).mean(0), 'o-', ms=4,
-                   color=COLORS[method], label=method, markevery=[WAY.index(1)])
+        three.plot([a * r for a in WAY], ways(found, grid, method).mean(0), 'o-',
+                   color=METHODS[method], label=method, markevery=[WAY.index(1)])
     for axis, title, x, more in (
             (one, 'cost', 'bits of a weight', {'xticks': (2, 3, 4)}),
             (two, 'cost; circles 4, squares 3, triangles 2 bits',
              'local error, |(Q - W) X|^2 / |W X|^2', {'xscale': 'log'}),
             (three, f'on the way to {grid}', 'distance from the trained weights', {})):
         axis.set(title=title, xlabel=x, ylabel='rise of the loss; QAFT over the control', **more)
-        axis.grid(alpha=0.3)
         if axis is not three:
             axis.set_yscale('symlog', linthresh=0.01)
     one.legend(fontsize=6)
-    three.legend(fontsize=8)
-    fig.savefig(path, dpi=120)
+    three.legend()
+    fig.savefig(path)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -378,10 +378,8 @@ def table(full, points):
 
 def draw(found, told, points, target):
     """What three precisions add, against data, and all that was predicted of the held-out size."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 9), layout='constrained')
+    from experiments.figures import pyplot
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 9))
     (*laws, last), sizes = panels.flat, sorted({p['N'] for p in points})
     for panel, name in zip(laws, ('w2', 'direct ternary', 'gptq 2')):
         for i, N in enumerate(sizes):
@@ -403,9 +401,8 @@ def draw(found, told, points, target):
     last.set(title=f'Delta, held out; grey: {BAR} % off', xlabel='measured', ylabel='predicted')
     for panel in panels.flat:
         panel.set(xscale='log', yscale='log')
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-    figure.savefig(target, dpi=110)
+        panel.legend()
+    figure.savefig(target)
 
 
 def plan(options):

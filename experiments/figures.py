@@ -1,0 +1,25 @@
+"""
+How the figures of this folder look: one style, and the same colour for a method everywhere.
+
+Whoever draws imports `pyplot` from here, inside the function, since training needs no matplotlib.
+"""
+import matplotlib
+
+matplotlib.use('Agg')           # a file, no screen
+from matplotlib import pyplot   # noqa: E402
+
+# eight colours that are also told apart by those who see fewer (Okabe & Ito, 2008)
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    '#000000', '#e69f00', '#56b4e9', '#009e73', '#f0e442', '#0072b2', '#d55e00', '#cc79a7')
+METHODS = {
+    'AdamW': BLACK, 'Muon': '0.55', 'BitNet': ORANGE, 'BitNet, a scale a row': RED,
+    'direct ternary': BLUE, 'direct int4': SKY, 'direct int8': GREEN,
+    'bfloat16, 8-bit states': PINK, 'RTN': ORANGE, 'GPTQ': GREEN, 'QAFT': BLUE,
+    'QAFT from GPTQ': SKY, 'QAFT with a teacher': PINK, 'random': '0.6'}
+
+pyplot.rcParams.update({
+    'axes.prop_cycle': matplotlib.cycler(
+        color=[BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, YELLOW]),
+    'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
+    'font.size': 9, 'legend.fontsize': 8, 'legend.frameon': False, 'lines.markersize': 4,
+    'figure.constrained_layout.use': True, 'savefig.dpi': 150})
