@@ -9,15 +9,16 @@ cores; finished ones are skipped.
 """
 import statistics
 
-from experiments.runs import (RESULTS, SIZES, Job, arguments, losses, parser_of, report,
-                              run_all)
+from experiments.runs import (RESULTS, SIZES, Job, arguments, interval, losses, parser_of,
+                              report, run_all)
 
 # how codes are stored, and their rate, see experiments.direct
 CODES = {'ternary': 'config/ternary.py', **{
     name: f'config/direct4.py stored={name}/row/stochastic' for name in ('int3', 'int4', 'int8')}}
-# how m is stored; none: beta1 = 0, and m is the gradient
-MOMENTA = {'none': 'beta1=0. ramp=0. threshold=0.', '2 bits': 'adam_m=int2/64/sqrt',
-           '4 bits': 'adam_m=int4/64/sqrt', '8 bits': 'adam_m=int8/row', '32 bits': 'adam_m='}
+# how m is stored, rounded by chance; none: beta1 = 0, and m is the gradient
+MOMENTA = {'none': 'beta1=0. ramp=0. threshold=0.', '2 bits': 'adam_m=int2/64/sqrt/stochastic',
+           '4 bits': 'adam_m=int4/64/sqrt/stochastic', '8 bits': 'adam_m=int8/row/stochastic',
+           '32 bits': 'adam_m='}
 
 
 def jobs(seeds):
@@ -33,22 +34,31 @@ def bits(result):
 
 
 def draw(results, path):
+    """A line for each kind of codes, from no momentum to one of 32 bits."""
     from experiments.figures import pyplot
-    figure, panel = pyplot.subplots(figsize=(7.5, 5))
-    for code in CODES:
+    figure, panel = pyplot.subplots(figsize=(8, 5))
+    marks = dict(zip(MOMENTA, 'xv^so'))
+    for i, code in enumerate(CODES):
         points = []
         for m in MOMENTA:
             found = [*losses(results, name := f'{code}, m of {m}').values()]
             if found:
                 one = next(r for r in results if r['name'] == name)
-                points.append((sum(bits(one)), statistics.mean(found), m))
+                points.append((sum(bits(one)), *interval(found), m))
+        for x, y, half, m in points:
+            panel.errorbar(x, y, half if half > 0 else None, fmt=marks[m], capsize=2,
+                           color=f'C{i}', markersize=6)
         if points:
-            panel.plot(*list(zip(*points))[:2], 'o-', label=f'codes: {code}')
-            for x, y, m in points:
-                panel.annotate(m, (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7)
+            x, y, *_ = zip(*points)
+            panel.plot(x, y, color=f'C{i}', label=f'codes: {code}')
+    for m, mark in marks.items():
+        panel.plot([], mark, color='0.4', label=f'momentum: {m}')
     panel.set(xscale='log', xlabel='bits of a weight that last: code, scale and momentum',
               ylabel='validation loss, nats/token')
-    panel.legend()
+    ticks = [2, 4, 8, 16, 32]
+    panel.set_xticks(ticks, ticks)
+    panel.minorticks_off()
+    panel.legend(ncols=2)
     figure.savefig(path)
 
 

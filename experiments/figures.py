@@ -12,9 +12,9 @@ from matplotlib import pyplot   # noqa: E402
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     '#000000', '#e69f00', '#56b4e9', '#009e73', '#f0e442', '#0072b2', '#d55e00', '#cc79a7')
 METHODS = {
-    'AdamW': BLACK, 'Muon': '0.55', 'BitNet': ORANGE, 'BitNet, a scale a row': RED,
-    'direct ternary': BLUE, 'direct int4': SKY, 'direct int8': GREEN,
-    'bfloat16, 8-bit states': PINK, 'RTN': ORANGE, 'GPTQ': GREEN, 'QAFT': BLUE,
+    'AdamW': BLACK, 'float32 AdamW': BLACK, 'Muon': '0.55', 'BitNet': ORANGE,
+    'BitNet, a scale a row': RED, 'BitNet, 8-bit states': RED, 'direct ternary': BLUE,
+    'direct int4': SKY, 'direct int8': GREEN, 'bfloat16, 8-bit states': PINK, 'RTN': ORANGE, 'GPTQ': GREEN, 'QAFT': BLUE,
     'QAFT from GPTQ': SKY, 'QAFT with a teacher': PINK, 'random': '0.6'}
 
 pyplot.rcParams.update({
