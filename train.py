@@ -214,6 +214,7 @@ def finishing_steps():
         if number == signal.SIGINT and number in stopping:
             raise KeyboardInterrupt
         stopping.append(number)
+        os.write(2, b'\nthis step is finished and saved first; Ctrl-C again stops at once\n')
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -300,8 +301,7 @@ class Run:
         window = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64))
         if window.max() >= n:
             fail(f'the data has id {window.max()}, beyond its vocabulary of {n}', own=True)
-        if self.device.type == 'cuda':
-            window = window.pin_memory()
+        window = window.pin_memory() if self.device.type == 'cuda' else window
         window = window.to(self.device, non_blocking=True)
         return window[:, :-1], window[:, 1:]
 
@@ -376,9 +376,8 @@ class Run:
         loss = self.evaluate(most, self.val_data)
         self.check_finite(loss, 'val loss')
         bpb = loss / math.log(2) / self.meta['bytes_per_token']
-        x, _ = self.batch(self.val_data, [0])
         with torch.compiler.set_stance('force_eager'):               # it hooks into the layers
-            more |= {'val_bpb': bpb, 'health': health(self.model, x)}
+            more |= {'val_bpb': bpb, 'health': health(self.model, *self.batch(self.val_data, [0]))}
         self.line(iter=self.step, tokens=self.step * self.tokens, val_loss=loss, **more)
         return f'val loss {loss:.4f} nats/token, {bpb:.4f} bits/byte'
 
@@ -529,10 +528,11 @@ class Run:
         size = bytes_held(self.model, self.optimizer)
         seen = self.evaluate(config.final_tokens // 8, self.train_data)
         says = self.report(config.final_tokens, done=True, bytes=size, levels=levels,
-                           seconds=self.seconds, loss_on_train=seen) + f'; on train.bin {seen:.4f}'
+                           seconds=self.seconds, loss_on_train=seen)
         if config.sample_tokens and self.rank == 0:
             self.sample()
-        self.say(says)
+        self.say(f'{says}; on train.bin {seen:.4f} (unigrams: {self.meta["unigram_loss"]:.2f} '
+                 f'nats/token, xz: {self.meta["xz_bpb"]:.2f} bits/byte)')
         if config.eval_only:
             return
         each, held = size.pop('linear'), {k: n / 1e6 for k, n in size.items()}

@@ -14,6 +14,7 @@ dataset is complete.
 import argparse
 import hashlib
 import json
+import lzma
 import math
 import os
 import shlex
@@ -105,6 +106,8 @@ def split_files(files):
 
 TOKENIZER = 'tokenizer', 'vocab_size', 'pattern', 'ranks', 'special'    # its keys in meta.json
 NUMBERS = 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes', 'bytes_per_token'
+# of val.bin, to hold losses against: the entropy of its unigrams, nats a token; bits a byte by xz
+YARDSTICKS = 'unigram_loss', 'xz_bpb'
 
 
 def tokens_dtype(vocab_size):
@@ -131,6 +134,8 @@ def prepare(out_dir, name, documents, which, limit=math.inf):
     print(f"{name}: {meta['train_bytes'] / 1e6:.2f} MB to train, {meta['val_bytes'] / 1e6:.2f} to "
           f"val; {meta['train_tokens']:,} and {meta['val_tokens']:,} tokens of "
           f"{meta['bytes_per_token']:.3f} bytes, vocabulary {meta['vocab_size']:,}\n"
+          f"to hold losses against: unigrams {meta['unigram_loss']:.2f} nats/token, xz "
+          f"{meta['xz_bpb']:.2f} bits/byte\n"
           f"wrote {out_dir} in {time.perf_counter() - start:.1f} s, sha256 {meta['sha256'][:16]}\n"
           'to train on it: python train.py config/ternary.py '
           f'--dataset={shlex.quote(dataset_name(out_dir))}')
@@ -154,7 +159,7 @@ def write(out_dir, name, tokenizer, documents, limit):
     out_dir.mkdir(parents=True, exist_ok=True)
     tokens, size = {'train': 0, 'val': 0}, {'train': 0, 'val': 0}
     digest = {'train': hashlib.sha256(), 'val': hashlib.sha256()}
-    dtype = tokens_dtype(tokenizer['vocab_size'])
+    dtype, xz, squeezed = tokens_dtype(tokenizer['vocab_size']), lzma.LZMACompressor(), 0
     # in out_dir, so that to replace is to rename, which is atomic; goes away on any error
     with tempfile.TemporaryDirectory(prefix='.tmp-', dir=out_dir) as tmp:
         with open(f'{tmp}/train.bin', 'wb') as train, open(f'{tmp}/val.bin', 'wb') as val:
@@ -164,6 +169,8 @@ def write(out_dir, name, tokenizer, documents, limit):
                 (train if split == 'train' else val).write(ids)
                 digest[split].update(ids)
                 size[split] += len(text.encode())
+                if split == 'val':
+                    squeezed += len(xz.compress(text.encode()))
                 if sum(tokens.values()) >= limit:
                     break
         for split in tokens:
@@ -172,7 +179,10 @@ def write(out_dir, name, tokenizer, documents, limit):
         sha256 = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode())
         sha256.update(digest['train'].digest() + digest['val'].digest())
         numbers = *tokens.values(), *size.values(), size['val'] / tokens['val']
-        meta = {'name': name, **dict(zip(NUMBERS, numbers)), 'sha256': sha256.hexdigest(),
+        p = np.bincount(np.fromfile(f'{tmp}/val.bin', dtype)) / tokens['val']
+        marks = -(p * np.log(p + (p == 0))).sum(), 8 * (squeezed + len(xz.flush())) / size['val']
+        meta = {'name': name, **dict(zip(NUMBERS, numbers)),
+                **dict(zip(YARDSTICKS, map(float, marks))), 'sha256': sha256.hexdigest(),
                 **tokenizer}
         with open(f'{tmp}/meta.json', 'w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
@@ -243,6 +253,8 @@ def check_meta(meta):
     for key in (*NUMBERS, 'vocab_size'):
         if type(meta[key]) not in (int, float) or not 0 < meta[key] < 2**63:
             raise ValueError(f'{key} = {meta[key]!r} in meta.json')
+    if not all(type(meta[key]) is float for key in YARDSTICKS):
+        raise ValueError(f'{YARDSTICKS} in meta.json')
     # tiktoken does not survive every damaged tokenizer: look before it does
     n, ranks = len(meta['ranks']), set(meta['ranks'])
     ids = sorted({*range(n), *meta['special'].values()})

@@ -5,11 +5,13 @@ Text comes back from its tokens, a dataset is whole or refused, and each epoch r
 """
 import itertools
 import json
+import lzma
 import math
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +51,16 @@ def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):
         with pytest.raises(SystemExit, match='256'):
             prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], vocab)
     assert not (tmp_path / 'meta.json').exists()
+
+
+def test_yardsticks_are_the_entropy_of_unigrams_and_the_size_of_an_xz(tmp_path):
+    val = ['abab' * 50, 'some text, and more of it ' * 20]
+    meta = prepare(tmp_path, 'x', [('train', 'abc'), *(('val', text) for text in val)], 256)
+    counts = Counter(''.join(val).encode())
+    n = sum(counts.values())
+    loss = -sum(k / n * math.log(k / n) for k in counts.values())
+    assert meta['unigram_loss'] == pytest.approx(loss, 1e-12)
+    assert meta['xz_bpb'] == 8 * len(lzma.compress(''.join(val).encode())) / n
 
 
 def test_prepare_says_how_to_train_from_any_folder_on_any_console(tmp_path):

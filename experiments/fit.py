@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from config import STRATEGY, fail
+from data.corpus import folder_of
 from model import GPT
 from quant import Optimizer, rtn_
 
@@ -57,7 +58,7 @@ def main(argv):
     limit = [float(a.removeprefix('--memory=')) for a in argv if a.startswith('--memory=')]
     config = train.parse([a for a in argv if not a.startswith('--memory=')])
     try:
-        with open(f'{config.dataset}/meta.json', encoding='utf-8') as f:
+        with open(f'{folder_of(config.dataset)}/meta.json', encoding='utf-8') as f:
             vocab_size, what = json.load(f)['vocab_size'], os.path.basename(config.dataset)
     except OSError:     # not prepared yet
         vocab_size, what = 50257, 'GPT-2'
