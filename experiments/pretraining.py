@@ -212,7 +212,7 @@ def main(options):
                       run=run_and_look)
     results += [{**r, **r['rounded'], 'name': ROUNDED} for r in results if 'rounded' in r]
     sections['Paper 1'][ROUNDED] = ''
-    lines = []
+    lines = ['# Quantized pre-training', '']
     for family in dict.fromkeys(claim[0] for claim in CLAIMS):
         lines += [*claim_lines(results, [c for c in CLAIMS if c[0] == family]), '']
     lines += look_lines(results)
