@@ -1065,7 +1065,7 @@ def test_resume_is_bit_for_bit_and_needs_no_flags(strategy, small, tmp_path):
 
 
 @each('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monkeypatch, capsys):
+def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monkeypatch, capfd):
     """A second SIGTERM, even while it saves, changes nothing; a second Ctrl-C ends at once."""
     for name in ('advance', 'save')[:1 + (number == signal.SIGTERM)]:
         def signalled(self, method=getattr(train.Run, name)):
@@ -1074,7 +1074,8 @@ def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monke
         monkeypatch.setattr(train.Run, name, signalled)
     with pytest.raises(SystemExit, match='130'):
         train.main([*small, '--max_iters=100'])
-    assert '--init_from=resume' in capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert '--init_from=resume' in out and 'Ctrl-C again' in err
     assert checkpoint(tmp_path / 'run')['iter'] == 1
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
