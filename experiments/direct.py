@@ -19,39 +19,43 @@ import statistics
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
                               parser_of, report, results_of, run_all, table)
 
-ADAMW, MUON, BITNET, ROWS, TERNARY = SIDES = (
-    'AdamW', 'Muon', 'BitNet', 'BitNet, a scale a row', 'direct ternary')
-# {side: the tries it had on seed 1}: the first is what it takes. They are those of the small size
-# in results/tries.jsonl, and not yet as many for every side
-TRIES = {side: [f'{how} {keys}'.strip() for keys in tries] for side, how, tries in (
-    (ADAMW, 'config/baseline.py', (
-        '', 'init_gain=1.', 'embedding_lr=12e-3 init_gain=0.',
-        'learning_rate=.4e-3 init_gain=0.',
-        'learning_rate=1.5e-3 embedding_lr=12e-3 init_gain=0.')),
-    (MUON, 'config/baseline.py optimizer=muon', ('init_gain=0.', '')),
-    (BITNET, 'config/bitnet.py', (
-        'learning_rate=.5e-3 embedding_lr=12e-3', '', 'learning_rate=1.5e-3',
-        'learning_rate=.5e-3 init_gain=0.', 'learning_rate=1e-3 embedding_lr=12e-3 init_gain=0.',
-        'learning_rate=2e-3 embedding_lr=12e-3 init_gain=0.')),
-    (ROWS, 'config/bitnet.py weights=ternary/row/absmean', ('',)),
-    (TERNARY, 'config/ternary.py', (
-        'code_lr=.4', 'code_lr=.4 embedding_lr=24e-3', 'embedding_lr=24e-3',
-        'code_lr=.2 embedding_lr=12e-3')))}
-# how codes are stored: (Spec, code_lr on its own grid, and under a ternary forward)
-GRIDS = {
-    'int2': ('int2/row/absmean/stochastic', .1, .1), 'int3': ('int3/row/stochastic', .06, .1),
-    'int4': ('int4/row/stochastic', .06, .1), 'int8': ('int8/row/stochastic', .06, .1)}
+ADAMW, MUON, BITNET, ROWS, TERNARY, INT8 = SIDES = (
+    'AdamW', 'Muon', 'BitNet', 'BitNet, a scale a row', 'direct ternary',
+    'int8 codes, ternary forward')
+HOW = dict(zip(SIDES, (
+    'config/baseline.py', 'config/baseline.py optimizer=muon', 'config/bitnet.py',
+    'config/bitnet.py weights=ternary/row/absmean', 'config/ternary.py',
+    'config/ternary_int8.py')))
+# {size: {side: its tries, all with seed 1}}: the first of them is what a side takes
+TRIES = {
+    'small': {
+        ADAMW: ('', 'init_gain=1.', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
+        MUON: ('', 'init_gain=0.', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
+        BITNET: ('', 'learning_rate=1.5e-3', 'learning_rate=.5e-3 embedding_lr=12e-3',
+                 'learning_rate=.5e-3'),
+        ROWS: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3', 'learning_rate=.5e-3'),
+        TERNARY: ('', 'code_lr=.6', 'embedding_lr=12e-3', 'ramp=40.'),
+        INT8: ('', 'code_lr=.006', 'embedding_lr=12e-3', 'code_lr=.02')},
+    'default': {
+        ADAMW: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
+        MUON: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
+        BITNET: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
+        ROWS: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
+        TERNARY: ('', 'code_lr=.8', 'ramp=40.'),
+        INT8: ('', 'code_lr=.006', 'embedding_lr=12e-3')}}
+# how codes are stored: on their own, and under a ternary forward
+GRIDS = {'int2': 'int2/row/absmean/stochastic', 'int3': 'int3/row/stochastic',
+         'int4': 'int4/row/stochastic', 'int8': 'int8/row/stochastic'}
 
 
-def rows():
+def rows(size='small'):
     """{section: {name: keys for train.py}}; changes are of direct ternary."""
-    hard = {side: TRIES[side][0] for side in SIDES}
-    tune = {text: text for tries in TRIES.values() for text in tries}
-    own = {f'stored in {grid}': f'config/direct4.py stored={how} code_lr={rate}'
-           for grid, (how, rate, _) in GRIDS.items()}
-    ternary = {f'stored in {grid}, ternary forward':
-               f'config/ternary_int8.py stored={how} code_lr={rate}'
-               for grid, (how, _, rate) in GRIDS.items()}
+    tries = TRIES.get(size, TRIES['default'])
+    hard = {side: f'{HOW[side]} {tries[side][0]}' for side in SIDES}
+    tune = {f'{side} {text}': f'{HOW[side]} {text}' for side in SIDES for text in tries[side]}
+    own = {f'stored in {grid}': f'config/direct4.py stored={how}' for grid, how in GRIDS.items()}
+    ternary = {f'stored in {grid}, ternary forward': f'config/ternary_int8.py stored={how}'
+               for grid, how in GRIDS.items()}
     # bfloat16 has no codes to count in
     eight = 'stored=bf16/stochastic weight_decay=0 adam_m=int8/row adam_v=rank1'
     changes = {
@@ -60,11 +64,11 @@ def rows():
             'frozen random ternary': 'stored=ternary/row/absmean code_lr=1e-6 scale_lr=0'},
         'states': {
             'm and v float32': 'adam_m= adam_v=', 'm float32': 'adam_m=',
-            'm and v 8-bit': 'adam_m=int8/row adam_v=uint8/64/root4',
-            'm 8-bit by chance': 'adam_m=int8/row/stochastic',
-            'm 4-bit': 'adam_m=int4/64/sqrt',
-            'm 4-bit by chance': 'adam_m=int4/64/sqrt/stochastic',
-            'm and v 4-bit': 'adam_m=int4/64/sqrt adam_v=uint4/64/root4'},
+            'm and v 8-bit': 'adam_v=uint8/64/root4',
+            'm 8-bit to nearest': 'adam_m=int8/row',
+            'm 4-bit to nearest': 'adam_m=int4/64/sqrt',
+            'm 4-bit': 'adam_m=int4/64/sqrt/stochastic',
+            'm and v 4-bit': 'adam_m=int4/64/sqrt/stochastic adam_v=uint4/64/root4'},
         'around': {
             'all else in float32': 'dtype=float32 activations= compute=float',
             'all else in bfloat16': 'dtype=bfloat16 activations= compute=float',
@@ -105,8 +109,9 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('ours', 'using evidence up helps', TERNARY, '<=', 0, 'evidence is kept'),
     ('ours', 'learned scales help', TERNARY, '<=', 0, 'fixed scales'),
     ('ours', '4-bit m is free', 'm 4-bit', '<=', 1, TERNARY),
-    ('ours', 'int8 codes under a ternary forward are no worse than BitNet',
-     'stored in int8, ternary forward', '<=', 0, BITNET)]
+    ('ours', 'm is to be rounded by chance', TERNARY, '<=', 0, 'm 8-bit to nearest'),
+    ('ours', 'int8 codes under a ternary forward are no worse than BitNet', INT8,
+     '<=', 0, BITNET), ('ours', 'nor than BitNet with a scale a row', INT8, '<=', 0, ROWS)]
 
 
 def draw(results, path):
@@ -152,12 +157,12 @@ def draw(results, path):
 
 
 def main(options):
-    stem = RESULTS / f'direct-{options.size}-{options.dataset}'
+    stem, sections = RESULTS / f'direct-{options.size}-{options.dataset}', rows(options.size)
     size = [*SIZES[options.size], f'--dataset={options.dataset}', f'--final_tokens={2 ** 19}']
     seeds = {'hard': options.seeds or [11, 12, 13, 14, 15], 'tune': [1]}
     jobs = {section: [Job(name, [*size, *arguments(text)], seed)
                       for seed in seeds.get(section) or options.seeds or [11, 12, 13]
-                      for name, text in found.items()] for section, found in rows().items()}
+                      for name, text in found.items()] for section, found in sections.items()}
     path = stem.with_suffix('.jsonl')
     run_all(path, [job for section in options.sections for job in jobs[section]], options.jobs)
     results = results_of(path, [job for section in jobs.values() for job in section])
@@ -165,7 +170,7 @@ def main(options):
                 for r in results if 'loss_as_ternary' in r]
     lines = [f'# Direct training, {options.size} size, {options.dataset} corpus', '',
              *claim_lines(results + inferred, CLAIMS)]
-    for section, names in {**rows(), 'as ternary': [r['name'] for r in inferred]}.items():
+    for section, names in {**sections, 'as ternary': [r['name'] for r in inferred]}.items():
         if names := [name for name in dict.fromkeys(names) if losses(results + inferred, name)]:
             reference = BITNET if section in ('hard', 'tune') else TERNARY
             lines += ['', f'**{section}**, differences from {reference}', '',

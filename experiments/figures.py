@@ -14,7 +14,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
 METHODS = {
     'AdamW': BLACK, 'float32 AdamW': BLACK, 'Muon': '0.55', 'BitNet': ORANGE,
     'BitNet, a scale a row': RED, 'BitNet, 8-bit states': RED, 'direct ternary': BLUE,
-    'direct int4': SKY, 'direct int8': GREEN, 'bfloat16, 8-bit states': PINK, 'RTN': ORANGE, 'GPTQ': GREEN, 'QAFT': BLUE,
+    'direct int4': SKY, 'direct int8': GREEN, 'int8 codes, ternary forward': GREEN,
+    'bfloat16, 8-bit states': PINK, 'RTN': ORANGE, 'GPTQ': GREEN, 'QAFT': BLUE,
     'QAFT from GPTQ': SKY, 'QAFT with a teacher': PINK, 'random': '0.6'}
 
 pyplot.rcParams.update({

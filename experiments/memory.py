@@ -18,7 +18,7 @@ from quant import Optimizer, bytes_held, rtn_
 EIGHT_BITS = 'adam_m=int8/row adam_v=rank1 beta2=.999'
 RECIPES = {
     'float32 AdamW': 'config/baseline.py',
-    'BitNet, 8-bit states': f'config/bitnet.py {EIGHT_BITS}',
+    'BitNet, 8-bit states': f'config/bitnet.py weights=ternary/row/absmean {EIGHT_BITS}',
     'bfloat16, 8-bit states': f'stored=bf16/stochastic weight_decay=0 {EIGHT_BITS}',
     'direct int8': 'config/direct8.py', 'direct int4': 'config/direct4.py',
     'direct ternary': 'config/ternary.py'}

@@ -19,8 +19,7 @@ precision, in training or after it, adds delta. Two forms say how much:
 `sweep` trains all sizes but the largest. `predict` fits both forms to them, writes down what each
 says of the largest size, and only then trains that. `plot` makes tables and a figure, and `plan`
 uses the form that was better on the largest size. What costs less than four times the noise, the
-standard deviation of the loss over seeds in full precision, is neither fitted nor scored. The
-hours printed before training count matmuls alone, a quarter of the time in the smallest models.
+standard deviation of the loss over seeds in full precision, is neither fitted nor scored.
 
 Every D has a run with a cosine of its own. Branches that decay from one run at a constant rate
 would read 12 MB where this reads 15, but they would take machinery that nothing else needs.
@@ -51,7 +50,7 @@ SEEDED, SEEDED_MB = ('', 'w2', 'direct ternary'), (1, 2)
 # by what stores the weights, at a width of 256: train.py takes them to other widths. Not tuned
 # for these sizes yet
 RATES = {'floats': 'learning_rate=1.5e-3 embedding_lr=24e-3',
-         'ternary': 'code_lr=.8 embedding_lr=24e-3', '4-bit': 'code_lr=.06 embedding_lr=24e-3'}
+         'ternary': 'embedding_lr=24e-3', '4-bit': 'embedding_lr=24e-3'}
 # name: kind of tensor, bits, rates and keys for train.py; all cost much more than the noise
 PRECISIONS = {'w2': ('weights', 2, 'floats', 'weights=int2/row'),
               'token3': ('activations', 3, 'floats', 'activations=int3/row'),
