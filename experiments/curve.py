@@ -25,7 +25,7 @@ def read(path):
     step = c['batch_size'] * c['grad_accum'] * c['block_size'] * head.get('world', 1)
     ratios = {}
     for line in log:
-        last = line.get('val_loss', last)
+        last, ratios = line.get('val_loss', last), {} if 'health' in line else ratios
         for layer, seen in line.get('health', {}).items():
             for kind in MARKS:
                 if seen.get(kind, {}).get('snr_db') is not None:
@@ -62,7 +62,7 @@ def draw(runs, path):
         # up to eight colours that one can tell apart, or as many as there are runs
         colour = f'C{i}' if len(runs) <= 8 else pyplot.get_cmap('turbo')((i + 0.5) / len(runs))
         train = list(smooth(train))
-        if last and not train:
+        if last and not train and not val:
             ax.axhline(last, linestyle='--', color=colour, label=label)
         else:
             ax.plot(*zip(*train or [(0, None)]), alpha=0.4, linewidth=1, color=colour)

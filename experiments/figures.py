@@ -1,5 +1,5 @@
 """
-How the figures of this folder look: one style, and the same colour for a method everywhere.
+How the figures of this folder look: one style, and the same colour for a method in each.
 
 Whoever draws imports `pyplot` from here, inside the function, since training needs no matplotlib.
 """
@@ -8,9 +8,9 @@ import matplotlib
 matplotlib.use('Agg')           # a file, no screen
 from matplotlib import pyplot   # noqa: E402
 
-# eight colours that are also told apart by those who see fewer (Okabe & Ito, 2008)
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
-    '#000000', '#e69f00', '#56b4e9', '#009e73', '#f0e442', '#0072b2', '#d55e00', '#cc79a7')
+# colours that are also told apart by those who see fewer (Okabe & Ito, 2008)
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    '#000000', '#e69f00', '#56b4e9', '#009e73', '#0072b2', '#d55e00', '#cc79a7')
 METHODS = {
     'AdamW': BLACK, 'float32 AdamW': BLACK, 'Muon': '0.55', 'BitNet': ORANGE,
     'BitNet, a scale a row': RED, 'BitNet, 8-bit states': RED, 'direct ternary': BLUE,
@@ -20,7 +20,7 @@ METHODS = {
 
 pyplot.rcParams.update({
     'axes.prop_cycle': matplotlib.cycler(
-        color=[BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, YELLOW]),
+        color=[BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, '0.6']),
     'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
     'font.size': 9, 'legend.fontsize': 8, 'legend.frameon': False, 'lines.markersize': 4,
     'figure.constrained_layout.use': True, 'savefig.dpi': 150})

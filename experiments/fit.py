@@ -1,15 +1,17 @@
 """
 What a run takes of memory, before it runs: python -m experiments.fit CONFIGS and flags of train.py
 
-    python -m experiments.fit config/llama_1b.py config/ternary.py --batch_size=4 --memory=80
+    python -m experiments.fit config/llama_1b.py config/ternary.py --memory=80
 
 GiB of weights, optimizer states, gradients (with update_in_backward the largest alone), and of
 what waits for the backward, beside the same model in full precision. Nothing is computed: it
 counts the tensors of a model that has shapes and no data. Activations are those of eager code in
 bfloat16 (--dtype=float32: in that), with attention as a GPU does it; compiled code keeps less.
-With --memory, GiB of a device, it says how many sequences at a time would fill it.
+With --memory, GiB of a device, it says how many sequences at a time would fill it. It is about one
+process: what --shard deals out to others is not taken off.
 """
-import json
+import argparse
+import math
 import os
 import sys
 from dataclasses import replace
@@ -18,8 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from config import STRATEGY, fail
-from data.corpus import folder_of
+from config import STRATEGY, fail, load
+from data.corpus import build, folder_of, read_dataset
 from model import GPT
 from quant import Optimizer, rtn_
 
@@ -54,33 +56,51 @@ def memory(config, vocab_size):
         return dict(zip(KINDS, (size(weights), size(states), some(gradients), size(kept))))
 
 
+def vocabulary(config):
+    """How many tokens, in multiples of 64. A known corpus that must be downloaded first has those
+    of GPT-2."""
+    build(config.dataset)
+    root = folder_of(config.dataset)
+    if config.checkpoint:
+        n = load(config.checkpoint, train.Config)['tokenizer']['vocab_size']
+    elif os.path.exists(f'{root}/prepare.py') and not os.path.exists(f'{root}/meta.json'):
+        n = 50257
+    else:
+        n = read_dataset(root)[2]['vocab_size']
+    return -(-n // 64) * 64
+
+
 def main(argv):
-    limit = [float(a.removeprefix('--memory=')) for a in argv if a.startswith('--memory=')]
-    config = train.parse([a for a in argv if not a.startswith('--memory=')])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--memory', type=float, metavar='GiB')
+    options, argv = parser.parse_known_args(argv)
     try:
-        with open(f'{folder_of(config.dataset)}/meta.json', encoding='utf-8') as f:
-            vocab_size, what = json.load(f)['vocab_size'], os.path.basename(config.dataset)
-    except OSError:     # not prepared yet
-        vocab_size, what = 50257, 'GPT-2'
-    vocab_size = -(-vocab_size // 64) * 64
+        config = train.parse(argv)
+        if config.eval_only or config.ptq:
+            fail('this counts what training takes: leave out eval_only and ptq')
+        vocab_size = vocabulary(config)
+    except ValueError as e:
+        fail(e)
     plain = replace(config, **{key: getattr(train.Config, key) for key in STRATEGY})
     rows = {'this run': memory(config, vocab_size)}
     if plain != config:
         rows['full precision'] = memory(plain, vocab_size)
-    print(f'{config.flavour} {config.n_layer}x{config.n_embd}, vocabulary of {what}, '
-          f'{config.batch_size} x {config.block_size} tokens at a time; GiB')
+    print(f'{config.flavour} {config.n_layer}x{config.n_embd}, {vocab_size} tokens in the '
+          f'vocabulary, {config.batch_size} x {config.block_size} at a time; GiB')
     print(f'{"":14}', *(f'{kind:>11}' for kind in (*KINDS, 'sum')))
     for name, row in rows.items():
         print(f'{name:14}', *(f'{n / GIB:11.3f}' for n in (*row.values(), sum(row.values()))))
-    if limit:
-        row = rows['this run']
-        room = limit[0] * GIB - sum(row.values()) + row['activations']
-        most = int(room / (row['activations'] / config.batch_size))
-        if most < 1:
-            fail(f'not even one sequence fits into {limit[0]:g} GiB: use a shorter block_size, '
-                 'fewer bits, or update_in_backward')
-        print(f'{most} sequences at a time would fill {limit[0]:g} GiB: leave a tenth of it, and '
-              'the logits, to the work')
+    if options.memory:
+        # of what waits for the backward, a part does not grow with the batch
+        one, two = (sum(memory(replace(config, batch_size=n), vocab_size).values())
+                    for n in (1, 2))
+        if not one <= options.memory * GIB < math.inf:
+            fail(f'one sequence takes {one / GIB:.1f} GiB: use a shorter block_size, fewer bits, '
+                 'or update_in_backward')
+        most = 1 + int((options.memory * GIB - one) / (two - one))
+        print(f'{most} sequences at a time would fill {options.memory:g} GiB, but for what comes '
+              'and goes in a step: on a GPU, leave some GiB to the logits')
 
 
 if __name__ == '__main__':

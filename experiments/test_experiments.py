@@ -79,6 +79,7 @@ def test_a_curve_shows_what_rounding_does_to_layers(small, tmp_path):
     *_, last, ratios = curve.read(f'{tmp_path}/run/log.jsonl')
     assert 0 < last < 6 and {*ratios} == {'weights', 'activations'}
     assert len(ratios['weights']) == 8 and all(5 < dB < 40 for dB in ratios['weights'].values())
+    pytest.importorskip('matplotlib')
     curve.draw([curve.read(f'{tmp_path}/run/log.jsonl')], tmp_path / 'curve.png')
     assert (tmp_path / 'curve.png').stat().st_size > 10_000
 
