@@ -34,15 +34,15 @@ TRIES = {
         BITNET: ('', 'learning_rate=1.5e-3', 'learning_rate=.5e-3 embedding_lr=12e-3',
                  'learning_rate=.5e-3'),
         ROWS: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3', 'learning_rate=.5e-3'),
-        TERNARY: ('', 'code_lr=.6', 'embedding_lr=12e-3', 'ramp=40.'),
+        TERNARY: ('', 'code_lr=1.2', 'embedding_lr=12e-3', 'ramp=20.'),
         INT8: ('', 'code_lr=.006', 'embedding_lr=12e-3', 'code_lr=.02')},
     'default': {
-        ADAMW: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
-        MUON: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
-        BITNET: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
-        ROWS: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
-        TERNARY: ('', 'code_lr=.8', 'ramp=40.'),
-        INT8: ('', 'code_lr=.006', 'embedding_lr=12e-3')}}
+        ADAMW: ('learning_rate=1.5e-3', '', 'embedding_lr=12e-3'),
+        MUON: ('', 'init_gain=0.', 'learning_rate=1.5e-3'),
+        BITNET: ('learning_rate=1.5e-3', '', 'learning_rate=3e-3'),
+        ROWS: ('learning_rate=1.5e-3', '', 'learning_rate=3e-3'),
+        TERNARY: ('', 'code_lr=1.6 ramp=20.', 'code_lr=2.4 ramp=20.'),
+        INT8: ('', 'code_lr=.006', 'code_lr=.024')}}
 # how codes are stored: on their own, and under a ternary forward
 GRIDS = {'int2': 'int2/row/absmean/stochastic', 'int3': 'int3/row/stochastic',
          'int4': 'int4/row/stochastic', 'int8': 'int8/row/stochastic'}
