@@ -214,8 +214,8 @@ def finishing_steps():
         if number == signal.SIGINT and number in stopping:
             raise KeyboardInterrupt
         stopping.append(number)
-        os.write(2, b'\nthis step is finished and saved first; Ctrl-C again stops at once\n')
-
+        with suppress(OSError):     # nobody listens
+            os.write(2, b'\nthis step is finished and saved first; Ctrl-C again stops at once\n')
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

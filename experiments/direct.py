@@ -26,7 +26,8 @@ HOW = dict(zip(SIDES, (
     'config/baseline.py', 'config/baseline.py optimizer=muon', 'config/bitnet.py',
     'config/bitnet.py weights=ternary/row/absmean', 'config/ternary.py',
     'config/ternary_int8.py')))
-# {size: {side: its tries, all with seed 1}}: the first of them is what a side takes
+# {size: {side: its tries, with seed 1}}: the first of them is what a side takes. Still to be made
+# are those of the small size, and of BitNet and the last of Muon at the default size
 TRIES = {
     'small': {
         ADAMW: ('', 'init_gain=1.', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
