@@ -1163,10 +1163,10 @@ train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: No
     one, two, bf16 = (log_of(tmp_path / name) for name in ('one', 'ternaryFalse', 'bf16'))
     a, b = ([line.get('train_loss', 0) for line in log[:9]] for log in (bf16, two))
     assert a != b and a == pytest.approx(b, abs=2e-2)
-    for a, b in zip(one, two):
+    for i, (a, b) in enumerate(zip(one, two)):     # sums are rounded in another order: past three
         assert a.keys() == b.keys() and a.get('world', 1) == b.get('world', 2) - 1
-        for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():
-            assert a[key] == pytest.approx(b[key], abs=2e-3)
+        for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():   # steps a code moves
+            assert a[key] == pytest.approx(b[key], abs=1e-4 if i < 5 else 1e-2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, full, tmp_path):
