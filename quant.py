@@ -731,7 +731,9 @@ def adamw_step(w, g, m, v, h, key):
 def direct_step(w, g, m, v, s_moments, h, h_s, key):
     """q <- clip(SR(q - lr Qp r~), Qn, Qp), SR as w.spec says; returns how many moved, by row. A
     ternary code moves a level against r~ with probability lr |r~|. Ours, and not paper 2's:
-    - tau, what pure noise makes of r (`Optimizer.begin`), is taken off |r|: noise moves nothing;
+    - lr and tau are in deviations of what pure noise makes of r (`Optimizer.begin`); tau is taken
+      off |r|: noise moves little. As rates fall, tau rises instead of lr falling. (With a high
+      lr, r~ beyond tau moves a code: Bop, 1906.02107, with a threshold of noise instead.)
     - what has moved a code is spent: where there is a tau, its m starts from 0 again;
     - s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
@@ -844,19 +846,24 @@ class Optimizer:
         c, self.t = self.config, self.t + 1
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / c.ramp)) if c.ramp else c.beta1
         self.beta1s *= beta1
-        # m = sum a_i g_i, `noise` = sum a_i^2: of pure noise, r deviates by sqrt(noise) / bias1
+        # m = sum a_i g_i, `noise` = sum a_i^2: of pure noise, r has this deviation
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
         bias1, bias2 = 1 - self.beta1s, 1 - c.beta2 ** self.t
+        deviation = math.sqrt(self.noise) / bias1
+        # codes that have a threshold cool down by it, and their rate stays: at the end nothing
+        # moves, and before that, what noise moved has come to rest
+        threshold = c.threshold * max(schedule, 1e-9) ** (-1 / 16)
+        rate = c.code_lr * (1.0 if c.threshold else schedule) / deviation
         # (beta1, bias1, tau), of weights of Linears, whose m may grow longer, and of all else
-        ramped = beta1, bias1, c.threshold * math.sqrt(self.noise) / bias1
-        usual = c.beta1, 1 - c.beta1 ** self.t, 0.0
-        others, narrow = c.embedding_lr or c.learning_rate, c.base_width / c.n_embd
-        lr, code_lr = c.learning_rate * narrow, c.code_lr * narrow ** 0.5
-        kinds = {'direct': (code_lr, 0.0, ramped), 'scale': (c.scale_lr, 0.0, usual),
+        ramped, usual = (beta1, bias1, threshold * deviation), (c.beta1, 1 - c.beta1 ** self.t, 0.0)
+        narrow = c.base_width / c.n_embd
+        lr, code_lr = schedule * c.learning_rate * narrow, rate * narrow ** 0.5
+        others = schedule * (c.embedding_lr or c.learning_rate)
+        kinds = {'direct': (code_lr, 0.0, ramped), 'scale': (schedule * c.scale_lr, 0.0, usual),
                  **dict.fromkeys(('muon', 'linear'), (lr, c.weight_decay, ramped)),
                  'matrix': (others, c.weight_decay, usual), 'vector': (others, 0.0, usual)}
-        rates = [Rates(schedule * lr, schedule * lr * decay, beta1, c.beta2, bias1, bias2, c.eps,
-                       tau, clip) for lr, decay, (beta1, bias1, tau) in kinds.values()]
+        rates = [Rates(lr, lr * decay, beta1, c.beta2, bias1, bias2, c.eps, tau, clip)
+                 for lr, decay, (beta1, bias1, tau) in kinds.values()]
         keys = [noise_key(c.seed, self.t, i) for i in range(len(self.state))]
         numbers = torch.cat((torch.tensor(rates).flatten().view(torch.int32),
                              torch.tensor(keys, dtype=torch.int32)))

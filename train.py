@@ -89,7 +89,7 @@ class Config:
     grad_clip: float = 1.0       # by global norm; 0: off
     threshold: float = 0.0       # block linears rest within so many deviations of noise
     ramp: float = 0.0            # their beta1 = 1 - 1 / (10 + t / ramp); 0: beta1 as above
-    code_lr: float = 0.0         # > 0: the direct update of low-bit codes, half ranges a step
+    code_lr: float = 0.0         # > 0: codes move by it, half ranges a step and deviation
     scale_lr: float = 0.01       # of their scales, then; 0: fixed
     update_in_backward: bool = False  # each gradient at once, clipped by its norm, then freed
     shard: bool = False          # a process holds the optimizer states of its share of the weights

@@ -35,15 +35,16 @@ TRIES = {
         BITNET: ('', 'learning_rate=1.5e-3', 'learning_rate=.5e-3 embedding_lr=12e-3',
                  'learning_rate=.5e-3'),
         ROWS: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3', 'learning_rate=.5e-3'),
-        TERNARY: ('', 'code_lr=1.2', 'embedding_lr=12e-3', 'ramp=20.'),
-        INT8: ('', 'code_lr=.006', 'embedding_lr=12e-3', 'code_lr=.02')},
+        TERNARY: ('', 'code_lr=.3', 'embedding_lr=12e-3', 'ramp=10.'),
+        INT8: ('', 'code_lr=1.4e-3', 'embedding_lr=12e-3', 'code_lr=5.5e-3')},
     'default': {
         ADAMW: ('learning_rate=1.5e-3', '', 'embedding_lr=12e-3'),
         MUON: ('', 'init_gain=0.', 'learning_rate=1.5e-3'),
         BITNET: ('learning_rate=1.5e-3', '', 'learning_rate=3e-3'),
-        ROWS: ('learning_rate=1.5e-3', '', 'learning_rate=3e-3'),
-        TERNARY: ('', 'code_lr=1.6 ramp=20.', 'code_lr=2.4 ramp=20.'),
-        INT8: ('', 'code_lr=.006', 'code_lr=.024')}}
+        ROWS: ('learning_rate=1.5e-3', '', 'learning_rate=3e-3',
+               'learning_rate=1.5e-3 embedding_lr=12e-3'),
+        TERNARY: ('', 'code_lr=.3 ramp=10.'),
+        INT8: ('', 'code_lr=1.4e-3', 'code_lr=5.5e-3')}}
 # how codes are stored: on their own, and under a ternary forward
 GRIDS = {'int2': 'int2/row/absmean/stochastic', 'int3': 'int3/row/stochastic',
          'int4': 'int4/row/stochastic', 'int8': 'int8/row/stochastic'}
@@ -76,14 +77,14 @@ def rows(size='small'):
             'activations in fp8': 'activations=fp8/row compute=float',
             'codes not multiplied': 'compute=float'},
         'ingredients': {
-            'no threshold': 'threshold=0 code_lr=.1',           # which would be far too fast
+            'no threshold': 'threshold=0 code_lr=.006',          # which would be far too fast
             'no momentum ramp': 'ramp=0', 'evidence is kept': 'idea=kept',
             'fixed scales': 'scale_lr=0', 'no cool-down': 'min_lr=1',
             'steps in weight space': 'code_lr=0 threshold=0 learning_rate=3e-3 weight_decay=0',
             'scale gain .35': 'init_gain=.35', 'scale gain 1.4': 'init_gain=1.4',
             'one scale per tensor': 'stored=ternary/tensor/absmean/stochastic'},
         'ideas': {**{name: f'idea={name}' for name in ('feedback', 'sticky', 'attention')},
-                  **{name: f'idea={name} code_lr=.02' for name in ('sign', 'muon')}}}
+                  **{name: f'idea={name} code_lr=.001' for name in ('sign', 'muon')}}}
     sections = {section: {name: f'{hard[TERNARY]} {change}' for name, change in found.items()}
                 for section, found in changes.items()}
     sections['controls']['as published'] = 'config/dqt_paper.py'
