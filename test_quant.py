@@ -577,12 +577,12 @@ def test_no_flips_below_the_threshold():
     assert rates[3] < 0.003 * rates[0]
 
 
-@each('threshold, rate, tau', [(0.0, 2.0 ** -8, 0.0), (1.5, 1.0, 2.0)])
+@each('threshold, rate, tau', [(0.0, 2.0 ** -16, 0.0), (1.5, 1.0, 2.0)])
 def test_codes_cool_down_by_their_threshold(threshold, rate, tau):
-    """It goes as schedule^-1/8 and their rate stays; without one it is the rate that falls."""
+    """It goes as schedule^-1/16 and their rate stays; without one it is the rate that falls."""
     hot, cold = (pair(TERNARY, code_lr=0.5, threshold=threshold)[1] for _ in 'ab')
-    hot.begin(1.0), cold.begin(2.0 ** -8)
-    hot, cold = (Rates(*o.rates['direct'].tolist()) for o in (hot, cold))
+    hot.begin(1.0), cold.begin(2.0 ** -16)
+    hot, cold = (quant.Rates(*o.rates['direct'].tolist()) for o in (hot, cold))
     assert (cold.lr, cold.tau) == pytest.approx((rate * hot.lr, tau * hot.tau))
 
 

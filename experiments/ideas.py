@@ -9,6 +9,7 @@ run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
                then also a low-bit residual, so that the weight is in effect a latent of more bits
     sticky     hysteresis: from -1 or 1 back to 0 only on strong evidence
     attention  a rate of their own for its matrices
+    rate       what cools down is code_lr, as all other rates do, and the threshold stays
 """
 from contextlib import contextmanager
 
@@ -78,11 +79,20 @@ def attention(optimizer, name):
     optimizer.rates = rates
 
 
-apply = quant.Optimizer.apply
+def rate(optimizer, schedule=1.0, clip=1.0):
+    """Cool down by the rate of codes, not by their threshold."""
+    begin(optimizer, schedule, clip)
+    h = Rates(*optimizer.rates['direct'].unbind())
+    cold = h._replace(lr=h.lr * schedule, tau=h.tau * max(schedule, 1e-9) ** (1 / 16))
+    optimizer.rates['direct'] = torch.stack(cold)
+
+
+apply, begin = quant.Optimizer.apply, quant.Optimizer.begin
 PATCHES = {  # idea: (where, what, by what)
     **{idea: (quant, 'direct_step', direct_step(idea)) for idea in (
         'sign', 'muon', 'kept', 'feedback', 'sticky')},
-    'attention': (quant.Optimizer, 'apply', attention)}
+    'attention': (quant.Optimizer, 'apply', attention),
+    'rate': (quant.Optimizer, 'begin', rate)}
 
 
 @contextmanager
