@@ -35,7 +35,7 @@ TRIES = {
         BITNET: ('', 'learning_rate=1.5e-3', 'learning_rate=.5e-3 embedding_lr=12e-3',
                  'learning_rate=.5e-3'),
         ROWS: ('', 'learning_rate=1.5e-3', 'embedding_lr=12e-3', 'learning_rate=.5e-3'),
-        TERNARY: ('', 'code_lr=.3', 'embedding_lr=12e-3', 'ramp=10.'),
+        TERNARY: ('', 'code_lr=.15', 'embedding_lr=12e-3', 'ramp=20.'),
         INT8: ('', 'code_lr=1.4e-3', 'embedding_lr=12e-3', 'code_lr=5.5e-3')},
     'default': {
         ADAMW: ('learning_rate=1.5e-3', '', 'embedding_lr=12e-3'),
@@ -43,7 +43,7 @@ TRIES = {
         BITNET: ('learning_rate=1.5e-3', '', 'learning_rate=3e-3'),
         ROWS: ('learning_rate=1.5e-3', '', 'learning_rate=3e-3',
                'learning_rate=1.5e-3 embedding_lr=12e-3'),
-        TERNARY: ('', 'code_lr=.3 ramp=10.'),
+        TERNARY: ('', 'code_lr=.5 ramp=7.'),
         INT8: ('', 'code_lr=1.4e-3', 'code_lr=5.5e-3')}}
 # how codes are stored: on their own, and under a ternary forward
 GRIDS = {'int2': 'int2/row/absmean/stochastic', 'int3': 'int3/row/stochastic',
