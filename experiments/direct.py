@@ -4,7 +4,7 @@ Direct quantized training (paper 2, 2412.04787) against BitNet and full precisio
     python -m experiments.direct                                 the small size, the Python corpus
     python -m experiments.direct --sections hard --dataset=sympy      the hard goal on the other
     python -m experiments.direct --sections hard --size=default       corpus, at 3.7M parameters,
-    python -m experiments.direct --sections hard --size=large --seeds 13     and at 41M
+    python -m experiments.direct --sections hard --size=large --seeds 14     and at 41M
 
 Every side has rates of its own, found by tries on seeds 1 to 4 only (section `tune`); what is
 reported are other seeds. No token is read twice. Besides the hard goal: codes of other grids,
@@ -163,9 +163,9 @@ def draw(results, path):
 def main(options):
     stem, sections = RESULTS / f'direct-{options.size}-{options.dataset}', rows(options.size)
     size = [*SIZES[options.size], f'--dataset={options.dataset}', f'--final_tokens={2 ** 19}']
-    seeds = {'hard': options.seeds or [13, 14, 15, 16, 17], 'tune': [1]}
+    seeds = {'hard': options.seeds or [14, 15, 16, 17, 18], 'tune': [1]}
     jobs = {section: [Job(name, [*size, *arguments(text)], seed)
-                      for seed in seeds.get(section) or options.seeds or [13, 14, 15]
+                      for seed in seeds.get(section) or options.seeds or [14, 15, 16]
                       for name, text in found.items()] for section, found in sections.items()}
     path = stem.with_suffix('.jsonl')
     run_all(path, [job for section in options.sections for job in jobs[section]], options.jobs)
