@@ -846,12 +846,12 @@ class Optimizer:
         c, self.t = self.config, self.t + 1
         beta1 = min(0.9995, 1 - 1 / (10 + self.t / c.ramp)) if c.ramp else c.beta1
         self.beta1s *= beta1
-        # m = sum a_i g_i, `noise` = sum a_i^2: of pure noise, r has this deviation
+        # m = sum a_i g_i, `noise` = sum a_i^2
         self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
         bias1, bias2 = 1 - self.beta1s, 1 - c.beta2 ** self.t
-        deviation = math.sqrt(self.noise) / bias1
-        # codes that have a threshold cool down by it, and their rate stays: at the end nothing
-        # moves, and before that, what noise moved has come to rest
+        deviation = math.sqrt(self.noise) / bias1               # of r, of pure noise
+        # codes that have a threshold cool down by it, and their rate stays: what noise moved comes
+        # to rest first, and at the end next to nothing moves
         threshold = c.threshold * max(schedule, 1e-9) ** (-1 / 16)
         rate = c.code_lr * (1.0 if c.threshold else schedule) / deviation
         # (beta1, bias1, tau), of weights of Linears, whose m may grow longer, and of all else

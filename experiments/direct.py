@@ -27,7 +27,7 @@ HOW = dict(zip(SIDES, (
     'config/bitnet.py weights=ternary/row/absmean', 'config/ternary.py',
     'config/ternary_int8.py')))
 # {size: {side: its tries, with seed 1}}: the first of them is what a side takes. Still to be made
-# are those of the small size, and of BitNet and the last of Muon at the default size
+# are those of the small size and, at the default size, of BitNet and the last of AdamW and Muon
 TRIES = {
     'small': {
         ADAMW: ('', 'init_gain=1.', 'learning_rate=1.5e-3', 'embedding_lr=12e-3'),
