@@ -11,7 +11,7 @@ A step of the optimizer reads and writes w itself and its moments m and v. Each 
 can be quantized, and a string says how: 'int8/row', 'ternary/tensor/absmean', 'uint8/256/root4',
 or '' for full precision. Weights are low-bit in two ways: a float32 weight is rounded in every
 forward (`weights`: paper 1 and BitNet), or low-bit codes are the only weight there is (`stored`:
-paper 2), and the optimizer moves the codes themselves by stochastic rounding. Or in both.
+paper 2), and the optimizer moves the codes themselves. Or in both.
 
     paper 1  Chitsaz et al., Exploring Quantization for Efficient Pre-Training, arXiv 2407.11722
     paper 2  Zhao et al., Direct Quantized Training with Stochastic Rounding, arXiv 2412.04787
@@ -680,25 +680,24 @@ def inductor(options, on_gpu=True):
 # ------------------------------------------------------------------------------------------------
 # the optimizer: one step of a weight as it is stored
 #
-#     m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
-#     r  = mhat / (sqrt(vhat) + eps)      r~ = sign(r) max(0, |r| - tau)
+#     m <- beta1 m + (1 - beta1) g        mhat = m / (1 - beta1^t)
+#     v <- beta2 v + (1 - beta2) g^2      vhat = v / (1 - beta2^t)
 #
-#     adamw_step     w <- Q((1 - decay) w - lr r~)            Q rounds w to what it is stored in
-#     direct_step    q <- clip(SR(q - lr Qp r~), Qn, Qp)      the same on codes, w = s q
-#     muon_step      w <- (1 - decay) w - lr U V^T            U S V^T = m: for matrices of floats
+#     adamw_step     w <- Q((1 - decay) w - lr mhat / sqrt(vhat))     Q rounds w as it is stored
+#     muon_step      w <- (1 - decay) w - lr U V^T        U S V^T = m: for matrices of floats
+#     direct_step    e <- e + lr Qp g / sqrt(vhat)        of codes q, w = s q, with e in place of m
+#                    q <- clip(q - trunc(e), Qn, Qp)      e keeps the rest
 #
-# Where Q rounds to a few bits by chance, no float copy of w is left: direct training (paper 2).
-# direct_step is adamw_step without decay, divided by s: a rate says how many codes move.
+# Where Q rounds to a few bits by chance, or codes move, no float copy of w is left: direct
+# training (paper 2).
 
 # the numbers of a step, 0-d tensors, so that new ones need no compiling. decay includes lr, bias1
-# and bias2 are 1 - prod beta, so that mhat = m / bias1; g is multiplied by clip
-Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps tau clip')
+# and bias2 are 1 - beta^t, so that mhat = m / bias1; g is multiplied by clip
+Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps clip')
 
 
-def moments(g, m, v, h, key):
-    """m after g, float32; v after g, as it will be stored; r~, of v before it is rounded (rank1:
-    after)."""
-    m = h.beta1 * dequantize(m) + (1 - h.beta1) * g
+def size_of(g, v, h, key):
+    """sqrt(vhat) + eps after g, of v before it is rounded (rank1: after), and v as it is stored."""
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
         # a mean over columns of the old v is its row, and over rows its column
@@ -708,19 +707,20 @@ def moments(g, m, v, h, key):
     else:
         v = h.beta2 * dequantize(v) + g2
         stored = quantize(v, s, key)
-    # both bias corrections at once: a division an element instead of three
-    r = m / (h.bias1 / h.bias2.sqrt() * v.sqrt() + h.bias1 * h.eps)
-    return m, stored, (r.abs() - h.tau).clamp(min=0).copysign(r)
+    return v.sqrt() * h.bias2.rsqrt() + h.eps, stored
 
 
 def adamw_step(w, g, m, v, h, key):
-    """w <- Q((1 - decay) w - lr r~); returns how many codes moved, or None. Loshchilov & Hutter,
-    arXiv 1711.05101; with quantized m and v, paper 1; with a low-bit w, paper 2 as published."""
+    """w <- Q((1 - decay) w - lr mhat / sqrt(vhat)); returns how many codes moved, or None.
+    Loshchilov & Hutter, arXiv 1711.05101; with quantized m and v, paper 1; with a low-bit w, paper
+    2 as published."""
     h = Rates(*h.unbind())
-    m_new, v_new, r = moments(h.clip * g.float(), m, v, h, stream(key, 2))
-    old = dequantize(w)
+    g, old = h.clip * g.float(), dequantize(w)
+    m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g
+    size, v_new = size_of(g, v, h, stream(key, 2))
     # the scale stays: found anew, the mean |w| of a ternary w would shrink. No spec: no rounding
-    new = quantize((1 - h.decay) * old - h.lr * r, w.spec, key, scale=w.scale)
+    new = (1 - h.decay) * old - h.lr * m_new / (h.bias1 * size)
+    new = quantize(new, w.spec, key, scale=w.scale)
     moved = (dequantize(new) != old).sum() if w.spec else None
     put(w, new)
     put(m, quantize(m_new, m.spec, stream(key, 1)))
@@ -728,20 +728,22 @@ def adamw_step(w, g, m, v, h, key):
     return moved
 
 
-def direct_step(w, g, m, v, s_moments, h, h_s, key):
-    """q <- clip(SR(q - lr Qp r~), Qn, Qp), SR as w.spec says; returns how many moved, by row. A
-    ternary code moves a level against r~ with probability lr |r~|. Ours, and not paper 2's:
-    - lr and tau are in deviations of what pure noise makes of r (`Optimizer.begin`); tau is taken
-      off |r|: noise moves little. As rates fall, tau rises instead of lr falling. (With a high
-      lr, r~ beyond tau moves a code: Bop, 1906.02107, with a threshold of noise instead.)
-    - what has moved a code is spent: where there is a tau, its m starts from 0 again;
-    - s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s."""
+def direct_step(w, g, e, v, s_moments, h, h_s, key):
+    """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest.
+    Returns how many codes moved, by row. e, (out, in) as m, is what a code's gradients have added
+    up to since it last moved, in levels. When that is a level, the code moves by it: what is weak
+    but steady gets there in 1 / (lr mean) steps, and noise, whose sums grow as a root, in 1 / lr^2.
+    e is rounded as its spec says, and nothing else is. So a weight is q - e with few bits, and
+    differs from a latent one (BitNet) in that a code that has moved needs a level to move back.
+    s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s.
+    Ours. Paper 2 keeps no e and rounds w by chance. ECO (2601.22101) keeps what rounding left over
+    in m; in Bop (1906.02107) an average of gradients moves a binary weight at a threshold."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
-    m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
-    new = round_to(q - h.lr * s.top * r, s, key)
-    moved = new != q
-    m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
+    size, v_new = size_of(g, v, h, stream(key, 2))
+    e_new = dequantize(e) + h.lr * s.top * g / size
+    new = (q - e_new.trunc()).clamp(GRIDS[s.grid].low, GRIDS[s.grid].high)
+    e_new = (e_new + new - q).clamp(-1, 1)          # of a code at its end, no more than a level
 
     # dL/dlog s = sum g w over the weights that share it, w = s q as before this step
     slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
@@ -751,9 +753,9 @@ def direct_step(w, g, m, v, s_moments, h, h_s, key):
     r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)          # no 0 / 0
     w.scale.mul_((-h_s.lr * r_s).exp())
     w.codes.copy_(pack(in_memory(encode(new, s)), s))
-    put(m, quantize(m_new, m.spec, stream(key, 1)))
+    put(e, quantize(e_new, e.spec, stream(key, 1)))
     put(v, v_new)
-    return moved.sum(-1, dtype=torch.int32)
+    return (new != q).sum(-1, dtype=torch.int32)
 
 
 def muon_step(w, g, m, h, key):
@@ -784,13 +786,12 @@ def put(old, new):
 
 class Optimizer:
     """Steps every parameter: by direct_step codes and scales of a Linear if code_lr > 0, by
-    muon_step its float weight if optimizer = 'muon', by adamw_step all else. Specs, threshold and
-    ramp are for weights of Linears alone. The model is asked for its weights at every step. With
+    muon_step its float weight if optimizer = 'muon', by adamw_step all else. Specs are for weights
+    of Linears alone. The model is asked for its weights at every step. With
     `shard`, a process has the states of its share alone, and steps that: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
-        self.model, self.config, self.t = model, config, 0
-        self.beta1s, self.noise, self.moved = 1.0, 0.0, {}      # prod beta1, and see `begin`
+        self.model, self.config, self.t, self.moved = model, config, 0, {}
         shared = config.shard and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self.weights, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
@@ -844,26 +845,14 @@ class Optimizer:
         """Rates by kind and keys by parameter, on the device: one int32 tensor, floats as bits."""
         self.weights, self.moved = self.look(), {}
         c, self.t = self.config, self.t + 1
-        beta1 = min(0.9995, 1 - 1 / (10 + self.t / c.ramp)) if c.ramp else c.beta1
-        self.beta1s *= beta1
-        # m = sum a_i g_i, `noise` = sum a_i^2
-        self.noise = beta1 ** 2 * self.noise + (1 - beta1) ** 2
-        bias1, bias2 = 1 - self.beta1s, 1 - c.beta2 ** self.t
-        deviation = math.sqrt(self.noise) / bias1               # of r, of pure noise
-        # codes that have a threshold cool down by it, and their rate stays: what noise moved comes
-        # to rest first, and at the end next to nothing moves
-        threshold = c.threshold * max(schedule, 1e-9) ** (-1 / 16)
-        rate = c.code_lr * (1.0 if c.threshold else schedule) / deviation
-        # (beta1, bias1, tau), of weights of Linears, whose m may grow longer, and of all else
-        ramped, usual = (beta1, bias1, threshold * deviation), (c.beta1, 1 - c.beta1 ** self.t, 0.0)
-        narrow = c.base_width / c.n_embd
-        lr, code_lr = schedule * c.learning_rate * narrow, rate * narrow ** 0.5
-        others = schedule * (c.embedding_lr or c.learning_rate)
-        kinds = {'direct': (code_lr, 0.0, ramped), 'scale': (schedule * c.scale_lr, 0.0, usual),
-                 **dict.fromkeys(('muon', 'linear'), (lr, c.weight_decay, ramped)),
-                 'matrix': (others, c.weight_decay, usual), 'vector': (others, 0.0, usual)}
-        rates = [Rates(lr, lr * decay, beta1, c.beta2, bias1, bias2, c.eps, tau, clip)
-                 for lr, decay, (beta1, bias1, tau) in kinds.values()]
+        bias1, bias2 = 1 - c.beta1 ** self.t, 1 - c.beta2 ** self.t
+        narrow, others = c.base_width / c.n_embd, schedule * (c.embedding_lr or c.learning_rate)
+        lr, code_lr = schedule * c.learning_rate * narrow, schedule * c.code_lr * narrow ** 0.5
+        kinds = {'direct': (code_lr, 0.0), 'scale': (schedule * c.scale_lr, 0.0),
+                 **dict.fromkeys(('muon', 'linear'), (lr, c.weight_decay)),
+                 'matrix': (others, c.weight_decay), 'vector': (others, 0.0)}
+        rates = [Rates(lr, lr * decay, c.beta1, c.beta2, bias1, bias2, c.eps, clip)
+                 for lr, decay in kinds.values()]
         keys = [noise_key(c.seed, self.t, i) for i in range(len(self.state))]
         numbers = torch.cat((torch.tensor(rates).flatten().view(torch.int32),
                              torch.tensor(keys, dtype=torch.int32)))
@@ -924,7 +913,7 @@ class Optimizer:
             if found:
                 state[name] = [torch.cat(parts).view(t.dtype).view((-1, *t.shape[1:])[:t.dim()])
                                for t, *parts in zip(ts, *filter(None, found))]
-        return {'t': self.t, 'beta1s': self.beta1s, 'noise': self.noise, 'state': state}
+        return {'t': self.t, 'state': state}
 
     def load_state_dict(self, state):
         """Copy a state in. Raises ValueError if it is of another model or stored otherwise."""
@@ -935,7 +924,7 @@ class Optimizer:
                              'use the same optimizer, adam_m, adam_v and stored')
         for (_, t), (_, kept) in zip(mine, saved):
             t.copy_(kept)
-        self.t, self.beta1s, self.noise = state['t'], state['beta1s'], state['noise']
+        self.t = state['t']
 
 
 # ------------------------------------------------------------------------------------------------

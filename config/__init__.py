@@ -20,7 +20,7 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from quant import FORMATS, WORDS, spec
+from quant import FORMATS, GRIDS, WORDS, spec
 
 try:
     import fcntl
@@ -47,7 +47,7 @@ IDLE = (    # a key, and what it does nothing without: one of some keys, or a va
     ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
     ('samples', 'sample_tokens', ''), ('temperature', 'sample_tokens', ''),
     ('top_k', 'sample_tokens', ''), ('keep', 'weights activations gradients stored', ''),
-    ('code_lr', 'stored', ''), ('scale_lr', 'code_lr', ''), ('threshold', 'optimizer', 'adamw'),
+    ('code_lr', 'stored', ''), ('scale_lr', 'code_lr', ''),
     ('adam_v', 'optimizer', 'adamw'), ('damping', 'ptq', 'gptq'), ('act_order', 'ptq', 'gptq'))
 
 
@@ -317,7 +317,10 @@ def check(c, given):
          'it was trained with quantize_head'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
         (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
-        (stored and stored.grid == 'bf16' and c.code_lr, 'code_lr moves codes: bf16 has none'),
+        (c.code_lr and stored and (GRIDS[stored.grid].float or stored.map != 'linear'), 'code_lr '
+         'moves codes that are whole numbers: ternary or int2 .. int8, and no map'),
+        (stored and stored.rounding == 'stochastic' and c.code_lr, 'with a code_lr nothing rounds '
+         'stored weights: no stochastic in stored'),
         (c.ptq and w and (c.ptq, w) != ('rtn', stored), 'ptq quantizes weights once: --ptq=rtn '
          f'--stored={c.weights} packs what was trained with these `weights`'),
         (c.ptq == 'gptq' and not c.sequences, 'gptq needs data to calibrate on: --sequences=128'),

@@ -14,11 +14,11 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, interval, losses, 
 
 # how codes are stored, and their rate, see experiments.direct
 CODES = {'ternary': 'config/ternary.py', **{
-    name: f'config/direct4.py stored={name}/row/stochastic' for name in ('int3', 'int4', 'int8')}}
+    name: f'config/direct4.py stored={name}/row' for name in ('int3', 'int4', 'int8')}}
 # how m is stored, rounded by chance; none: beta1 = 0, and m is the gradient
-MOMENTA = {'none': 'beta1=0. ramp=0. threshold=0. code_lr=.012',
-           '2 bits': 'adam_m=int2/64/sqrt/stochastic',
-           '4 bits': 'adam_m=int4/64/sqrt/stochastic', '8 bits': 'adam_m=int8/row/stochastic',
+MOMENTA = {'none': 'idea=nothing',
+           '2 bits': 'adam_m=int2/row/stochastic',
+           '4 bits': 'adam_m=int4/row/stochastic', '8 bits': 'adam_m=int8/row/stochastic',
            '32 bits': 'adam_m='}
 
 

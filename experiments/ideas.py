@@ -2,47 +2,39 @@
 Ideas for the direct update that quant.py does not have: each a few lines, put in its place for one
 run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
 
-    sign       r = sign(m), as in Lion (Chen et al., arXiv 2302.06675)
-    muon       r = U V^T of m, of rms 1: Muon (Jordan et al., 2024)
-    kept       m stays where a code changed, instead of becoming zero
-    feedback   what rounding left over goes into m: ECO (Nikdan et al., arXiv 2601.22101). m is
-               then also a low-bit residual, so that the weight is in effect a latent of more bits
-    sticky     hysteresis: from -1 or 1 back to 0 only on strong evidence
-    attention  a rate of their own for its matrices
-    rate       what cools down is code_lr, as all other rates do, and the threshold stays
+    nothing    e is not kept, but rounded by chance to whole levels, as paper 2 rounds (2412.04787)
+    half       a code moves at half a level, like a latent weight that is rounded (BitNet): it is
+               then as near to its old place as to its new one
+    emptied    e becomes zero where a code at its end cannot move
+    sign       r = sign(g), as in signSGD (Bernstein et al., arXiv 1802.04434), without v
+    root       code_lr falls as the root of the schedule, so that what noise moves falls as that
+    attention  half the rate for its matrices
 """
 from contextlib import contextmanager
 
 import torch
 
 import quant
-from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, moments, pack, put, quantize,
-                   round_to, stream)
+from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, pack, put, quantize, size_of,
+                   stream, uniform)
 
 
 def direct_step(idea):
-    """quant.direct_step, and in it an idea that changes what a step does to codes and m."""
-    def step(w, g, m, v, s_moments, h, h_s, key):
+    """quant.direct_step, and in it an idea that changes what a step does to codes and e."""
+    def step(w, g, e, v, s_moments, h, h_s, key):
         h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
-        g, q, m_old = h.clip * g.float(), levels(w), dequantize(m)      # (out, in) all
-        m_new, v_new, r = moments(g, m, v, h, stream(key, 2))
-        if idea == 'sign':
-            r = m_new.sign()
-        elif idea == 'muon':
-            r = orthogonal(m_new)
-        wanted = q - h.lr * s.top * r
-        new = round_to(wanted, s, key)
-        if idea == 'sticky':
-            weak = (m_old * q > 0) & (m_old.abs() < 3 * m_old.abs().mean())
-            new = torch.where(weak & (new == 0), q, new)
-        moved = new != q
-        if idea != 'kept':
-            m_new = torch.where(moved & (h.tau > 0), 0.0, m_new)
-        if idea == 'feedback':
-            # m gives (1 - beta1) of itself at a step, in units of c sqrt(v) / lr
-            unit = h.bias1 / h.bias2.sqrt() * dequantize(v_new).sqrt() * (1 - h.beta1)
-            left = wanted.clamp(GRIDS[s.grid].low, GRIDS[s.grid].high) - new
-            m_new = m_new - left * unit / (h.lr * s.top)
+        g, q = h.clip * g.float(), levels(w)                            # (out, in) both
+        size, v_new = size_of(g, v, h, stream(key, 2))
+        e_new = dequantize(e) + h.lr * s.top * (g.sign() if idea == 'sign' else g / size)
+        whole = e_new.round() if idea == 'half' else e_new.trunc()
+        if idea == 'nothing':
+            whole = (e_new + uniform(e_new, key)).floor()
+        new = (q - whole).clamp(GRIDS[s.grid].low, GRIDS[s.grid].high)
+        e_new = (e_new + new - q).clamp(-1, 1)
+        if idea == 'nothing':
+            e_new = torch.zeros_like(e_new)
+        elif idea == 'emptied':
+            e_new = torch.where(e_new.abs() < 1, e_new, 0.0)
 
         slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
         m_s, v_s = s_moments
@@ -51,22 +43,11 @@ def direct_step(idea):
         r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
         w.scale.mul_((-h_s.lr * r_s).exp())
         w.codes.copy_(pack(encode(new, s), s))
-        put(m, quantize(m_new, m.spec, stream(key, 1)))
+        put(e, quantize(e_new, e.spec, stream(key, 1)))
         put(v, v_new)
-        return moved.sum()
+        return (new != q).sum(-1, dtype=torch.int32)
 
     return step
-
-
-def orthogonal(m):
-    """U V^T of m = U S V^T, of rms 1, by five steps of Newton-Schulz."""
-    x = m if m.shape[0] <= m.shape[1] else m.T
-    x = x / (x.norm() + 1e-30)
-    for _ in range(5):
-        y = x @ x.T
-        x = 3.4445 * x + (-4.775 * y + 2.0315 * y @ y) @ x
-    x = x * max(x.shape) ** 0.5
-    return x if m.shape[0] <= m.shape[1] else x.T
 
 
 def attention(optimizer, name):
@@ -79,20 +60,19 @@ def attention(optimizer, name):
     optimizer.rates = rates
 
 
-def rate(optimizer, schedule=1.0, clip=1.0):
-    """Cool down by the rate of codes, not by their threshold."""
+def root(optimizer, schedule=1.0, clip=1.0):
+    """A rate of codes that falls more slowly."""
     begin(optimizer, schedule, clip)
     h = Rates(*optimizer.rates['direct'].unbind())
-    cold = h._replace(lr=h.lr * schedule, tau=h.tau * max(schedule, 1e-9) ** (1 / 16))
-    optimizer.rates['direct'] = torch.stack(cold)
+    optimizer.rates['direct'] = torch.stack(h._replace(lr=h.lr / max(schedule, 1e-9) ** 0.5))
 
 
 apply, begin = quant.Optimizer.apply, quant.Optimizer.begin
 PATCHES = {  # idea: (where, what, by what)
     **{idea: (quant, 'direct_step', direct_step(idea)) for idea in (
-        'sign', 'muon', 'kept', 'feedback', 'sticky')},
+        'nothing', 'half', 'emptied', 'sign')},
     'attention': (quant.Optimizer, 'apply', attention),
-    'rate': (quant.Optimizer, 'begin', rate)}
+    'root': (quant.Optimizer, 'begin', root)}
 
 
 @contextmanager
