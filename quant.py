@@ -736,8 +736,9 @@ def direct_step(w, g, e, v, s_moments, h, h_s, key):
     e is rounded as its spec says, and nothing else is. So a weight is q - e with few bits, and
     differs from a latent one (BitNet) in that a code that has moved needs a level to move back.
     s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s.
-    Ours. Paper 2 keeps no e and rounds w by chance. ECO (2601.22101) keeps what rounding left over
-    in m; in Bop (1906.02107) an average of gradients moves a binary weight at a threshold."""
+    Paper 2 keeps no e and rounds w by chance. Float accumulators that move a weight at a threshold
+    are known for Boolean ones (BOLD, 2405.16339; of averages: Bop, 1906.02107) and evolution
+    strategies (2602.03120). With Adam's v, in few bits, on any grid and for pre-training: ours."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
     size, v_new = size_of(g, v, h, stream(key, 2))

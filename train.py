@@ -71,7 +71,7 @@ class Config:
     compute: str = 'float'       # what is multiplied: codes dequantized, or the codes themselves
     kv_cache: str = ''           # keys and values
     stored: str = ''             # the weights as they are stored between steps
-    adam_m: str = ''             # the optimizer's moments as they are stored
+    adam_m: str = ''             # the optimizer's moments as they are stored; of codes e
     adam_v: str = ''             # rank1 is a row and a column, as in Adafactor
 
     # the optimizer: linear warm-up, cosine to min_lr

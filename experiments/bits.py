@@ -2,8 +2,8 @@
 Where does a weight keep what it has learned? python -m experiments.bits
 
 Loss against all bits that last from one step to the next, of a weight of the blocks: its code,
-with its share of the scales, and its momentum, of which either may have few. v is a row
-and a column. The small model, 2,400 steps, text that is not read twice. Writes
+with its share of the scales, and e, which gathers what has not moved it yet (quant.direct_step).
+Either may have few. v is a row and a column. The small model, text that is not read twice. Writes
 results/bits.jsonl, one line a run, .md and .png. 60 runs: about two and a half hours on two
 cores; finished ones are skipped.
 """
@@ -15,34 +15,33 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, interval, losses, 
 # how codes are stored, and their rate, see experiments.direct
 CODES = {'ternary': 'config/ternary.py', **{
     name: f'config/direct4.py stored={name}/row' for name in ('int3', 'int4', 'int8')}}
-# how m is stored, rounded by chance; none: beta1 = 0, and m is the gradient
-MOMENTA = {'none': 'idea=nothing',
-           '2 bits': 'adam_m=int2/row/stochastic',
-           '4 bits': 'adam_m=int4/row/stochastic', '8 bits': 'adam_m=int8/row/stochastic',
-           '32 bits': 'adam_m='}
+# how e is stored, rounded by chance; none: codes are
+GATHERED = {'none': 'idea=nothing', '2 bits': 'adam_m=int2/row/stochastic',
+            '4 bits': 'adam_m=int4/row/stochastic', '8 bits': 'adam_m=int8/row/stochastic',
+            '32 bits': 'adam_m='}
 
 
 def jobs(seeds):
-    return [Job(f'{code}, m of {m}', [*SIZES['small'], *arguments(
-        f'{CODES[code]} {MOMENTA[m]} max_iters=2400 warmup_iters=100 eval_interval=1000')], seed)
-        for seed in seeds for code in CODES for m in MOMENTA]
+    return [Job(f'{code}, e of {m}', [*SIZES['small'], *arguments(
+        f'{CODES[code]} {GATHERED[m]} eval_interval=1000')], seed)
+        for seed in seeds for code in CODES for m in GATHERED]
 
 
 def bits(result):
-    """Of a weight and of its momentum, read off what was held."""
+    """Of a code and of its e, read off what was held."""
     size = result['bytes']['linear']
     return 8 * size['weights'], 0.0 if 'of none' in result['name'] else 8 * size['optimizer']
 
 
 def draw(results, path):
-    """A line for each kind of codes, from no momentum to one of 32 bits."""
+    """A line for each kind of codes, from no e to one of 32 bits."""
     from experiments.figures import pyplot
     figure, panel = pyplot.subplots(figsize=(8, 5))
-    marks = dict(zip(MOMENTA, 'xv^so'))
+    marks = dict(zip(GATHERED, 'xv^so'))
     for i, code in enumerate(CODES):
         points = []
-        for m in MOMENTA:
-            found = [*losses(results, name := f'{code}, m of {m}').values()]
+        for m in GATHERED:
+            found = [*losses(results, name := f'{code}, e of {m}').values()]
             if found:
                 one = next(r for r in results if r['name'] == name)
                 points.append((sum(bits(one)), *interval(found), m))
@@ -53,8 +52,8 @@ def draw(results, path):
             x, y, *_ = zip(*points)
             panel.plot(x, y, color=f'C{i}', label=f'codes: {code}')
     for m, mark in marks.items():
-        panel.plot([], mark, color='0.4', label=f'momentum: {m}')
-    panel.set(xscale='log', xlabel='bits of a weight that last: code, scale and momentum',
+        panel.plot([], mark, color='0.4', label=f'e: {m}')
+    panel.set(xscale='log', xlabel='bits of a weight that last: code, scale and e',
               ylabel='validation loss, nats/token')
     ticks = [2, 4, 8, 16, 32]
     panel.set_xticks(ticks, ticks)
@@ -67,13 +66,13 @@ def main(options):
     stem, todo = RESULTS / 'bits', jobs(options.seeds)
     results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
     lines = ['# Loss against the bits of a weight that last', '',
-             '| codes | momentum | bits: code + momentum | val loss |', '|---|---|---|---|']
+             '| codes | e | bits: code + e | val loss |', '|---|---|---|---|']
     for code in CODES:
-        for m in MOMENTA:
-            found = [*losses(results, name := f'{code}, m of {m}').values()]
+        for m in GATHERED:
+            found = [*losses(results, name := f'{code}, e of {m}').values()]
             if found:
-                weight, momentum = bits(next(r for r in results if r['name'] == name))
-                lines.append(f'| {code} | {m} | {weight:.2f} + {momentum:.2f} | '
+                code_bits, more = bits(next(r for r in results if r['name'] == name))
+                lines.append(f'| {code} | {m} | {code_bits:.2f} + {more:.2f} | '
                              + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
     report(stem, lines)
     draw(results, stem.with_suffix('.png'))

@@ -320,10 +320,10 @@ def ptx():
 def numerics():
     """{what: differences}, of small shapes."""
     import quant
-    from quant import How, QTensor, Rates, quantize, spec
+    from quant import How, QTensor, Rates, quantize
     torch.manual_seed(0)
     x, g, key = *torch.randn(2, 24, 128), torch.tensor(12345, dtype=torch.int32)
-    h = torch.tensor(Rates(0.3, 0.01, 0.9, 0.99, 0.5, 0.3, 1e-8, 0.1, 0.7))
+    h = torch.tensor(Rates(0.3, 0.01, 0.9, 0.99, 0.5, 0.3, 1e-8, 0.7))
     results = {'hash': differences(lambda x, key: (quant.uniform(x, key),), x, key)}
     for how in ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean', 'int4/32/stochastic',
                 'uint8/64/root4'):
@@ -338,10 +338,9 @@ def numerics():
                 )[:0], x, g, *m[:2], *v[:2], h, key)
     w, m, v = (quantize(t, how) for t, how in (
         (x, 'ternary/row/absmean'), (x * 0.1, 'int8/row'), (x ** 2 * 0.1, 'rank1')))
-    how = spec('ternary/row/absmean/stochastic')
     results['update ternary'] = differences(
         lambda g, a, b, c, d, e, f, m_s, v_s, h, key: (quant.direct_step(
-            QTensor(a, b, spec=how), g, QTensor(c, d, spec=m.spec), QTensor(e, f, spec=v.spec),
+            QTensor(a, b, spec=w.spec), g, QTensor(c, d, spec=m.spec), QTensor(e, f, spec=v.spec),
             (m_s, v_s), h, h, key), ), g, *w[:2], *m[:2], *v[:2], *torch.rand(2, 24, 1), h, key)
     q, w = quantize(x, 'int8/row'), quantize(torch.randn(96, 128), 'int8/row')
     how = How('int8/row', 'int8/row', 'int8/row/stochastic', backward='fold', compute='codes')

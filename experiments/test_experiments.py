@@ -138,7 +138,7 @@ def test_an_idea_moves_ternary_codes_and_leaves_no_trace(name, small, tmp_path):
     place, what, _ = ideas.PATCHES[name]
     before = getattr(place, what)
     with ideas.trying(name):
-        train.main(['config/ternary.py', *small, '--max_iters=3', '--code_lr=.05',
+        train.main(['config/ternary.py', *small, '--max_iters=3', '--code_lr=1.',
                     f'--out_dir={tmp_path / "run"}'])
     assert getattr(place, what) is before
     assert 0 < sum(line.get('flips', 0) for line in log_of(tmp_path / 'run')) < 1
