@@ -144,7 +144,7 @@ def noise_key(*numbers):
 
 def stream(key, n):
     """The n-th of the keys that one makes, int32 (): a Linear has 0 for w, 1 for x, 2 and 3 for
-    g; the optimizer the key itself for w, 1 for m, 2 for v."""
+    g; the optimizer the key itself for w, 1 for m or e, 2 for v."""
     return _mix(_mix(key) + n)
 
 
@@ -731,14 +731,14 @@ def adamw_step(w, g, m, v, h, key):
 def direct_step(w, g, e, v, s_moments, h, h_s, key):
     """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest.
     Returns how many codes moved, by row. e, (out, in) as m, is what a code's gradients have added
-    up to since it last moved, in levels. When that is a level, the code moves by it: what is weak
-    but steady gets there in 1 / (lr mean) steps, and noise, whose sums grow as a root, in 1 / lr^2.
-    e is rounded as its spec says, and nothing else is. So a weight is q - e with few bits, and
-    differs from a latent one (BitNet) in that a code that has moved needs a level to move back.
+    up to since it last moved, in levels. When that is a level, the code moves by it: with a = lr Qp,
+    what is weak but steady takes 1 / (a mean g / sqrt(vhat)) steps, and noise, whose sum grows as a
+    root, about 1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight (BitNet) in
+    few bits, which ends a level beyond the grid, and whose code needs a whole level to move back.
     s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s.
-    Paper 2 keeps no e and rounds w by chance. Float accumulators that move a weight at a threshold
-    are known for Boolean ones (BOLD, 2405.16339; of averages: Bop, 1906.02107) and evolution
-    strategies (2602.03120). With Adam's v, in few bits, on any grid and for pre-training: ours."""
+    Paper 2 keeps no e and rounds w by chance. Float sums that move a weight at a threshold are
+    known for Boolean weights (BOLD, 2405.16339; of an average: Bop, 1906.02107) and in evolution
+    strategies (2602.03120). In few bits, with Adam's v, on all grids of integers: ours."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
     size, v_new = size_of(g, v, h, stream(key, 2))

@@ -87,7 +87,7 @@ class Config:
     beta2: float = 0.999         # small batches want a long memory
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm; 0: off
-    code_lr: float = 0.0         # > 0: codes move, by this share of the highest a step
+    code_lr: float = 0.0         # > 0: codes move, and a step adds this share of Qp to e
     scale_lr: float = 0.01       # of their scales, then; 0: fixed
     update_in_backward: bool = False  # each gradient at once, clipped by its norm, then freed
     shard: bool = False          # a process holds the optimizer states of its share of the weights

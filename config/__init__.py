@@ -303,7 +303,7 @@ def check(c, given):
         if given.get(key, getattr(default, key)) != getattr(default, key) and not any(used):
             fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}"
                  + (f' = {good}' if good else '') + '; leave it out')
-    w, stored, v = specs['weights'], specs['stored'], specs['adam_v']
+    w, stored, m, v = (specs[key] for key in ('weights', 'stored', 'adam_m', 'adam_v'))
     try:
         re.compile(c.keep)
     except re.error as e:
@@ -321,6 +321,8 @@ def check(c, given):
          'moves codes that are whole numbers: ternary or int2 .. int8, and no map'),
         (stored and stored.rounding == 'stochastic' and c.code_lr, 'with a code_lr nothing rounds '
          'stored weights: no stochastic in stored'),
+        (c.code_lr and m and (m.scale != 'absmax' or m.format.endswith('fp4')), 'adam_m must hold '
+         'the whole level that moves a code: with a code_lr, no absmean, mse or fp4 format in it'),
         (c.ptq and w and (c.ptq, w) != ('rtn', stored), 'ptq quantizes weights once: --ptq=rtn '
          f'--stored={c.weights} packs what was trained with these `weights`'),
         (c.ptq == 'gptq' and not c.sequences, 'gptq needs data to calibrate on: --sequences=128'),

@@ -1,5 +1,5 @@
-# direct 4-bit training (paper 2, 2412.04787): int4 codes are the only weights; what does
-# not move one yet is gathered in adam_m
+# direct 4-bit training (paper 2, 2412.04787): int4 codes are the only weights; what is
+# too little to move one is gathered in adam_m
 stored = 'int4/row'
 activations = 'int8/row'
 adam_m = 'int8/row/stochastic'

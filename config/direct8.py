@@ -1,5 +1,5 @@
-# direct 8-bit training (paper 2, 2412.04787): int8 codes are the only weights; what does
-# not move one yet is gathered in adam_m
+# direct 8-bit training (paper 2, 2412.04787): int8 codes are the only weights; what is
+# too little to move one is gathered in adam_m
 stored = 'int8/row'
 activations = 'int8/row'
 adam_m = 'int8/row/stochastic'

@@ -1,4 +1,4 @@
-# all at once: ternary weights, 8-bit activations, gradients and Adam states, 4-bit keys and values
+# all at once: ternary weights, 8-bit activations, gradients and states, 4-bit keys and values
 stored = 'ternary/row/absmean'
 activations = 'int8/row'
 gradients = 'int8/row/stochastic'

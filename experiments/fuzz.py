@@ -38,7 +38,7 @@ FIXED = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--hidden=64', '--block_siz
          '--batch_size=2', '--max_iters=4', '--warmup_iters=2', '--eval_interval=100',
          '--eval_tokens=32', '--final_tokens=96', '--log_interval=1']
 OWN = ['--sample_tokens=3', '--device=cpu', '--compile=no']    # what a checkpoint does not hand on
-USUAL = ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean/stochastic', 'fp8/row', 'int4/32',
+USUAL = ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean', 'ternary/row/absmean/stochastic', 'fp8/row', 'int4/32',
          'int8/32/sqrt', 'uint8/32/root4', 'rank1', 'bf16/stochastic', 'nvfp4', 'mxfp8', '')
 KEYS = {
     'flavour': ('gpt2', 'llama'), 'n_embd': (32, 64), 'n_head': (2, 4), 'n_kv_head': (0, 1, 2),
@@ -52,7 +52,7 @@ KEYS = {
     'learning_rate': (1e-3, 1e-2), 'embedding_lr': (0.0, 1e-2), 'weight_decay': (0.0, 0.1),
     'min_lr': (0.0, 1.0), 'warmup_iters': (0, 9), 'beta1': (0.0, 0.99), 'beta2': (0.95, 0.999),
     'eps': (1e-3,), 'grad_clip': (0.0, 1.0), 'update_in_backward': (True, False),
-    'code_lr': (0.0, 0.01, 0.3), 'scale_lr': (0.0, 0.01), 'log_interval': (1, 3),
+    'code_lr': (0.0, 0.01, 1.0), 'scale_lr': (0.0, 0.01), 'log_interval': (1, 3),
     'eval_interval': (1, 3)}
 STRATEGIES = [path for path in sorted(ROOT.glob('config/*.py')) if path.stem not in
               ('__init__', 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]

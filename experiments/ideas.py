@@ -2,12 +2,12 @@
 Ideas for the direct update that quant.py does not have: each a few lines, put in its place for one
 run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
 
-    nothing    e is not kept, but rounded by chance to whole levels, as paper 2 rounds (2412.04787)
+    nothing    e is not kept: a step is rounded by chance to whole levels, as in paper 2 (2412.04787)
     half       a code moves at half a level, like a latent weight that is rounded (BitNet): it is
                then as near to its old place as to its new one
     emptied    e becomes zero where a code at its end cannot move
-    sign       r = sign(g), as in signSGD (Bernstein et al., arXiv 1802.04434), without v
-    root       code_lr falls as the root of the schedule, so that what noise moves falls as that
+    sign       e gathers lr Qp sign(g), as in signSGD (Bernstein et al., arXiv 1802.04434)
+    root       code_lr falls as the root of the schedule, so that what noise moves falls as the schedule
     attention  half the rate for its matrices
 """
 from contextlib import contextmanager
@@ -25,10 +25,13 @@ def direct_step(idea):
         h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
         g, q = h.clip * g.float(), levels(w)                            # (out, in) both
         size, v_new = size_of(g, v, h, stream(key, 2))
-        e_new = dequantize(e) + h.lr * s.top * (g.sign() if idea == 'sign' else g / size)
+        if idea == 'sign':
+            size = torch.where(g == 0, 1.0, g.abs())
+        e_new = dequantize(e) + h.lr * s.top * g / size
         whole = e_new.round() if idea == 'half' else e_new.trunc()
         if idea == 'nothing':
-            whole = (e_new + uniform(e_new, key)).floor()
+            low = e_new.floor()
+            whole = low + (uniform(e_new, key) < e_new - low).float()
         new = (q - whole).clamp(GRIDS[s.grid].low, GRIDS[s.grid].high)
         e_new = (e_new + new - q).clamp(-1, 1)
         if idea == 'nothing':

@@ -147,7 +147,7 @@ def test_an_idea_moves_ternary_codes_and_leaves_no_trace(name, small, tmp_path):
 
 
 def test_without_an_idea_the_direct_step_is_that_of_quant():
-    config = train.parse(['config/ternary.py', '--adam_v=uint8/row/root4'])
+    config = train.parse(['config/ternary.py', '--adam_v=uint8/row/root4', '--code_lr=1.5'])
     layers, rng = [], torch.Generator()
     for step in quant.direct_step, ideas.direct_step('none'):
         torch.manual_seed(0)

@@ -140,6 +140,7 @@ def test_the_three_matmuls_of_a_gpu_are_those_of_a_cpu(name, compiled):
 def two_steps(args, device, dtype, compiled=False):
     """Losses of two steps and after them, and the share of codes that moved."""
     c = train.parse([*args, *TINY, '--device=cpu'])
+    c.code_lr *= 10         # else no code would move so soon
     torch.manual_seed(0)
     model = GPT(c, 256).to(device)
     rtn_(model, c.stored)
