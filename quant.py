@@ -731,9 +731,9 @@ def adamw_step(w, g, m, v, h, key):
 def direct_step(w, g, e, v, s_moments, h, h_s, key):
     """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest.
     Returns how many codes moved, by row. e, (out, in) as m, is what a code's gradients have added
-    up to since it last moved, in levels. When that is a level, the code moves by it: with a = lr Qp,
-    what is weak but steady takes 1 / (a mean g / sqrt(vhat)) steps, and noise, whose sum grows as a
-    root, about 1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight (BitNet) in
+    up to since it last moved, in levels. When that is a level, the code moves by it. With a = lr
+    Qp, what is weak but steady takes 1 / (a mean g / sqrt(vhat)) steps, and noise, whose sum grows
+    as a root, about 1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight (BitNet) in
     few bits, which ends a level beyond the grid, and whose code needs a whole level to move back.
     s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s.
     Paper 2 keeps no e and rounds w by chance. Float sums that move a weight at a threshold are

@@ -3,7 +3,7 @@ Where does a weight keep what it has learned? python -m experiments.bits
 
 Loss against all bits that last from one step to the next, of a weight of the blocks: its code,
 with its share of the scales, and e, which gathers what has not moved it yet (quant.direct_step).
-Either may have few bits. v is a row and a column. The small model, text that is not read twice. Writes
+Either may have few bits. v is a row and a column. The small model, text that is read once. Writes
 results/bits.jsonl, one line a run, .md and .png. 60 runs: about two and a half hours on two
 cores; finished ones are skipped.
 """

@@ -38,8 +38,9 @@ FIXED = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--hidden=64', '--block_siz
          '--batch_size=2', '--max_iters=4', '--warmup_iters=2', '--eval_interval=100',
          '--eval_tokens=32', '--final_tokens=96', '--log_interval=1']
 OWN = ['--sample_tokens=3', '--device=cpu', '--compile=no']    # what a checkpoint does not hand on
-USUAL = ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean', 'ternary/row/absmean/stochastic', 'fp8/row', 'int4/32',
-         'int8/32/sqrt', 'uint8/32/root4', 'rank1', 'bf16/stochastic', 'nvfp4', 'mxfp8', '')
+USUAL = ('int8/row', 'int8/row/stochastic', 'ternary/row/absmean', 'ternary/row/absmean/stochastic',
+         'fp8/row', 'int4/32', 'int8/32/sqrt',
+         'uint8/32/root4', 'rank1', 'bf16/stochastic', 'nvfp4', 'mxfp8', '')
 KEYS = {
     'flavour': ('gpt2', 'llama'), 'n_embd': (32, 64), 'n_head': (2, 4), 'n_kv_head': (0, 1, 2),
     'hidden': (36, 40, 96), 'block_size': (16, 48), 'norm_eps': (0.1,), 'rope_theta': (100.0,),
