@@ -529,7 +529,7 @@ def test_rows_of_memory_and_bits_are_runs():
     found = memory.jobs([11], most=(2, 4))
     assert len(found) == 10 and len(bits.jobs([11, 12, 13])) == 60          # two do not fit in 2
     for job in (*found[::4], *bits.jobs([11])[::6]):
-        train.parse(job.args)
+        train.parse(runs.plain(job.args))
     wide = {job.name: runs.keys(job.args)['n_embd'] for job in found}
     assert wide['direct ternary, 4 MB'] > wide['direct ternary, 2 MB'] == 64
     sizes = [memory.megabytes(memory.keys_of(name, 64)) for name in memory.RECIPES]
