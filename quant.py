@@ -788,8 +788,8 @@ def put(old, new):
 class Optimizer:
     """Steps every parameter: by direct_step codes and scales of a Linear if code_lr > 0, by
     muon_step its float weight if optimizer = 'muon', by adamw_step all else. Specs are for weights
-    of Linears alone. The model is asked for its weights at every step. With
-    `shard`, a process has the states of its share alone, and steps that: ZeRO-1, 1910.02054."""
+    of Linears alone. The model is asked for its weights at every step. With `shard`, a process has
+    the states of its share alone, and steps that: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t, self.moved = model, config, 0, {}
