@@ -4,8 +4,8 @@ Where does a weight keep what it has learned? python -m experiments.bits
 Loss against all bits that last from one step to the next, of a weight of the blocks: its code,
 with its share of the scales, and e, which gathers what has not moved it yet (quant.direct_step).
 Either may have few bits. v is a row and a column. The small model, text that is read once. Writes
-results/bits.jsonl, one line a run, .md and .png. 60 runs: about two and a half hours on two
-cores; finished ones are skipped.
+results/bits.jsonl, one line a run, .md and .png. 45 runs: about two hours on two cores; finished
+ones are skipped.
 """
 import statistics
 
@@ -14,7 +14,7 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, interval, losses, 
 
 # how codes are stored, and their rate, see experiments.direct
 CODES = {'ternary': 'config/ternary.py', **{
-    name: f'config/direct4.py stored={name}/row' for name in ('int3', 'int4', 'int8')}}
+    name: f'config/direct4.py stored={name}/row' for name in ('int4', 'int8')}}
 # how e is stored, rounded by chance; none: a step is rounded to whole levels
 GATHERED = {'none': 'idea=nothing', '2 bits': 'adam_m=int2/row/stochastic',
             '4 bits': 'adam_m=int4/row/stochastic', '8 bits': 'adam_m=int8/row/stochastic',

@@ -527,7 +527,7 @@ def test_rows_of_a_real_model_are_quantized_copies(monkeypatch):
 
 def test_rows_of_memory_and_bits_are_runs():
     found = memory.jobs([11], most=(2, 4))
-    assert len(found) == 10 and len(bits.jobs([11, 12, 13])) == 60          # two do not fit in 2
+    assert len(found) == 10 and len(bits.jobs([11, 12, 13])) == 45          # two do not fit in 2
     for job in (*found[::4], *bits.jobs([11])[::6]):
         train.parse(runs.plain(job.args))
     wide = {job.name: runs.keys(job.args)['n_embd'] for job in found}
