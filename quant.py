@@ -716,14 +716,15 @@ def adamw_step(w, g, m, v, h, key):
     2 as published."""
     h = Rates(*h.unbind())
     g, old = h.clip * g.float(), dequantize(w)
-    m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g
+    m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g if m else g     # beta1 = 0: no m is held
     size, v_new = size_of(g, v, h, stream(key, 2))
     # the scale stays: found anew, the mean |w| of a ternary w would shrink. No spec: no rounding
     new = (1 - h.decay) * old - h.lr * m_new / (h.bias1 * size)
     new = quantize(new, w.spec, key, scale=w.scale)
     moved = (dequantize(new) != old).sum() if w.spec else None
     put(w, new)
-    put(m, quantize(m_new, m.spec, stream(key, 1)))
+    if m:
+        put(m, quantize(m_new, m.spec, stream(key, 1)))
     put(v, v_new)
     return moved
 
@@ -816,6 +817,8 @@ class Optimizer:
                 # m and v in like blocks: `apply` has w, g, m and v as rows of one block each
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
+            if config.beta1 == 0 and kind not in ('direct', 'muon'):
+                m = None
             # muon has no v; scales that learn have moments of their own
             of_s = [torch.zeros_like(w.scale, device=device) for _ in 'mv' if kind == 'direct']
             self.state[name] = [m] if kind == 'muon' else [m, v, *map(QTensor, of_s)]
@@ -847,8 +850,9 @@ class Optimizer:
         self.weights, self.moved = self.look(), {}
         c, self.t = self.config, self.t + 1
         bias1, bias2 = 1 - c.beta1 ** self.t, 1 - c.beta2 ** self.t
-        narrow, others = c.base_width / c.n_embd, schedule * (c.embedding_lr or c.learning_rate)
+        narrow = min(1.0, c.base_width / c.n_embd)
         lr, code_lr = schedule * c.learning_rate * narrow, schedule * c.code_lr * narrow ** 0.5
+        others = schedule * (c.embedding_lr or c.learning_rate)
         kinds = {'direct': (code_lr, 0.0), 'scale': (schedule * c.scale_lr, 0.0),
                  **dict.fromkeys(('muon', 'linear'), (lr, c.weight_decay)),
                  'matrix': (others, c.weight_decay), 'vector': (others, 0.0)}
@@ -869,7 +873,7 @@ class Optimizer:
             p.grad = None
             return
         g, w = self.mine(name, p.grad), w._replace(codes=self.mine(name, w.codes))
-        if (rows := len(state[0].codes)) != len(g):         # they are blocks, see __init__
+        if (rows := len((state[0] or state[1]).codes)) != len(g):   # they are blocks, see __init__
             g, w = g.reshape(rows, -1), QTensor(w.codes.view(rows, -1))
         if kind == 'direct':
             m, v, *of_s = state
@@ -901,7 +905,7 @@ class Optimizer:
 
     def tensors(self):
         """{name: [every tensor of its state]}"""
-        return {name: [t for q in state for t in q[:4] if t is not None]
+        return {name: [t for q in state if q for t in q[:4] if t is not None]
                 for name, state in self.state.items()}
 
     def state_dict(self):
@@ -922,7 +926,7 @@ class Optimizer:
         saved = [(name, self.mine(name, t)) for name, ts in state['state'].items() for t in ts]
         if [(n, t.shape, t.dtype) for n, t in mine] != [(n, t.shape, t.dtype) for n, t in saved]:
             raise ValueError('the optimizer state is of another model, or stored in another way: '
-                             'use the same optimizer, adam_m, adam_v and stored')
+                             'use the same optimizer, beta1, adam_m, adam_v and stored')
         for (_, t), (_, kept) in zip(mine, saved):
             t.copy_(kept)
         self.t = state['t']

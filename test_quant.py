@@ -457,15 +457,18 @@ def pair(stored='', shape=(64, 128), **keys):
     return layer, optimizer, step
 
 
-def test_adamw_is_torch_adamw():
-    layer, _, step = pair(learning_rate=1e-2, beta2=0.99, weight_decay=0.1)
+@each('beta1', [0.9, 0.0])
+def test_adamw_is_torch_adamw(beta1):
+    """Without momentum no m is held."""
+    layer, optimizer, step = pair(learning_rate=1e-2, beta1=beta1, beta2=0.99, weight_decay=0.1)
     p = torch.nn.Parameter(layer.weight.detach().clone())
-    reference = torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    reference = torch.optim.AdamW([p], lr=1e-2, betas=(beta1, 0.99), eps=1e-8, weight_decay=0.1)
     for i in range(20):
         p.grad = 0.5 * normal(64, 128, seed=i)
         step(2 * p.grad, clip=0.5)
         reference.step()
     assert torch.allclose(layer.weight, p, atol=1e-6)
+    assert len(state_of(optimizer)) == 1 + (beta1 > 0)
 
 
 @each('m, v, size, error', [
@@ -576,9 +579,10 @@ def test_noise_moves_a_code_once_in_1_over_lr_squared_steps():
 
 @each('kind', ['adamw', 'muon'])
 def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
-    model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0, code_lr=0.8)
+    model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0, code_lr=0.8,
+                base_width=16)
     before, optimizer = copy.deepcopy(model.state_dict()), Optimizer(model, model.config)
-    narrow = model.config.base_width / model.config.n_embd              # at this width, 4
+    narrow = 16 / model.config.n_embd
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -589,6 +593,9 @@ def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
     optimizer.begin(0.25)       # a quarter of all rates
     assert [optimizer.rates[k][0].item() for k in ('direct', 'scale', 'linear')] == pytest.approx(
         [0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
+    model.config.base_width = 1000      # narrower than that, rates are as they are
+    optimizer.begin()
+    assert [optimizer.rates[k][0].item() for k in ('direct', 'linear')] == pytest.approx([0.8, 1e-3])
 
 
 @each('size', [1.0, 1e-22])
@@ -980,6 +987,7 @@ def equal(a, b):
     ('--code_lr=.1 --stored=int8/sqrt', 'whole'),
     ('--code_lr=.1 --stored=int8/stochastic', 'no stochastic'),
     ('--code_lr=.1 --stored=int8 --adam_m=int8/row/absmean', 'whole level'),
+    ('--beta1=0 --adam_m=int8/row', 'no m to store'),
     ('--update_in_backward=True --grad_accum=2', 'grad_accum = 1'), ('--bias=True', 'no bias'),
     ('--stored=int8 --keep=h', 'no layer, or of all'), ('--stored=int8 --keep=(', 'no regular'),
     *((f'--stored={bad}', 'symmetric, signed, linear') for bad in (

@@ -76,14 +76,14 @@ class Config:
 
     # the optimizer: linear warm-up, cosine to min_lr
     optimizer: str = 'adamw'     # or muon, for full-precision weights of block linears
-    learning_rate: float = 0.75e-3  # of block linears, at a width of base_width
+    learning_rate: float = 1.5e-3   # of block linears, up to a width of base_width
     embedding_lr: float = 6e-3   # of embeddings, head, norms and biases; 0: learning_rate
-    base_width: int = 256        # learning_rate goes as base_width / n_embd, code_lr as its root
+    base_width: int = 256        # above it learning_rate falls as 1 / n_embd, code_lr as its root
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
     max_iters: int = 2400        # resumed with more, a run follows the schedule of the new length
     weight_decay: float = 0.1    # of matrices
-    beta1: float = 0.9
+    beta1: float = 0.9           # 0: no momentum, and AdamW holds no m
     beta2: float = 0.999         # small batches want a long memory
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm; 0: off

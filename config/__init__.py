@@ -323,6 +323,8 @@ def check(c, given):
          'stored weights: no stochastic in stored'),
         (c.code_lr and m and (m.scale != 'absmax' or m.format.endswith('fp4')), 'adam_m must hold '
          'the whole level that moves a code: with a code_lr, no absmean, mse or fp4 format in it'),
+        (m and not (c.beta1 or c.code_lr or c.optimizer == 'muon'), 'beta1 = 0 leaves no m to '
+         'store: no adam_m'),
         (c.ptq and w and (c.ptq, w) != ('rtn', stored), 'ptq quantizes weights once: --ptq=rtn '
          f'--stored={c.weights} packs what was trained with these `weights`'),
         (c.ptq == 'gptq' and not c.sequences, 'gptq needs data to calibrate on: --sequences=128'),

@@ -15,11 +15,12 @@ from experiments.runs import (RESULTS, Job, arguments, keys, losses, parser_of, 
 from model import GPT
 from quant import Optimizer, bytes_held, rtn_
 
-EIGHT_BITS = 'adam_m=int8/row adam_v=rank1 beta2=.999'
+# v is a row and a column, and without momentum there is no m
+NO_M = 'beta1=0. adam_v=rank1'
 RECIPES = {
     'float32 AdamW': 'config/baseline.py',
-    'BitNet, 8-bit states': f'config/bitnet.py weights=ternary/row/absmean {EIGHT_BITS}',
-    'bfloat16, 8-bit states': f'stored=bf16/stochastic weight_decay=0 {EIGHT_BITS}',
+    'BitNet without momentum': f'config/bitnet.py weights=ternary/row/absmean {NO_M}',
+    'bfloat16 without momentum': f'stored=bf16/stochastic weight_decay=0 {NO_M}',
     'direct int8': 'config/direct8.py', 'direct int4': 'config/direct4.py',
     'direct ternary': 'config/ternary.py'}
 MEGABYTES, STEPS = (2, 4, 8, 16), 2400

@@ -20,11 +20,11 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, compa
                               table)
 from quant import fake_quant, linears
 
-# the rates of every row, best for full precision, by its optimizer
-RATES = {'adamw': 'learning_rate=.75e-3 embedding_lr=6e-3',
-         'muon': 'learning_rate=.75e-3 embedding_lr=6e-3'}
+# every row that does not say otherwise is without momentum, with which the small model learns to
+# copy later, and not on every seed
+COMMON, MOMENTUM = 'beta1=0.', 'beta1=.9'
 
-BASE, STRATEGIES = 'baseline', 'w8 a8 g8 w8a8 w8a8g8 kv4 adam8 w4 a4 w4a4 w4a4g4 adam4 everything'
+BASE, STRATEGIES = 'baseline', 'w8 a8 g8 w8a8 w8a8g8 kv4 w4 a4 w4a4 w4a4g4 everything'
 G4, M4, V8 = 'gradients=int4/row', 'adam_m=int4/row', 'adam_v=uint8/tensor'
 DX, DW = 'mxfp4 in dx', 'mxfp4 in dw'
 BY_CHANCE, ROTATED = 'mxfp4/stochastic in dw', 'mxfp4/hadamard in dw'
@@ -33,12 +33,12 @@ ROUNDED = 'baseline, rounded to int4/row'       # no run: see `run_and_look`
 
 def rows():
     """{section: {name: keys for train.py}}; those without a config are named by what they do."""
-    paper = 'weights=int4/tensor', 'activations=int4/row/asymmetric', G4, M4, V8
+    paper = 'weights=int4/tensor', 'activations=int4/row/asymmetric', G4, V8
     # requantize: in each matmul of the backward, both sides have blocks along the sum
     three = 'weights={0} activations={0} gradients={0}{1} backward=requantize'.format
     one = 'gradients=mxfp4{} gradients_in={} backward=requantize'.format
     nvfp4 = three('nvfp4', '/hadamard/stochastic')      # about the recipe of 2509.25149
-    muon = 'optimizer=muon', 'optimizer=muon adam_m=int8/row', 'optimizer=muon adam_m=mxfp8'
+    muon = f'optimizer=muon init_gain=0. {MOMENTUM}'
     return {
         'Strategies': {name: f'config/{name}.py' for name in (BASE, *STRATEGIES.split())},
         'Paper 1': dict(zip(paper, paper)),
@@ -49,7 +49,11 @@ def rows():
             'mxfp4 forward': 'weights=mxfp4 activations=mxfp4',
             DX: one('', 'dx'), DW: one('', 'dw'),
             BY_CHANCE: one('/stochastic', 'dw'), ROTATED: one('/hadamard', 'dw')},
-        'Muon': dict(zip(muon, muon))}
+        'With momentum': {
+            MOMENTUM: MOMENTUM, 'adam8': f'config/adam8.py {MOMENTUM}',
+            'adam4': f'config/adam4.py {MOMENTUM}', M4: f'{M4} {MOMENTUM}', 'muon': muon,
+            'muon, m in int8': f'{muon} adam_m=int8/row',
+            'muon, m in mxfp8': f'{muon} adam_m=mxfp8'}}
 
 
 CLAIMS = [  # (of whom, what it says, a, '<=' or '>=', percent, b): loss(a) against loss(b)
@@ -58,7 +62,7 @@ CLAIMS = [  # (of whom, what it says, a, '<=' or '>=', percent, b): loss(a) agai
     ('paper 1', 'rounding them after training is worse still', ROUNDED, '>=', 0, 'w4'),
     ('paper 1', '4-bit activations are not close', 'a4', '>=', 1, BASE),
     ('paper 1', '4-bit gradients hurt', G4, '>=', 0, BASE),
-    ('paper 1', '4-bit m is free', M4, '<=', 1, BASE),
+    ('paper 1', '4-bit m is free', M4, '<=', 1, MOMENTUM),
     ('paper 1', 'linear 8-bit v blows up', V8, '>=', 5, BASE),
     ('2605.09825', 'dx in 4 bits costs little', DX, '<=', 1, BASE),
     ('2605.09825', 'dw in 4 bits is what hurts', DW, '>=', 0, DX),
@@ -200,8 +204,7 @@ def jobs_of(seeds):
     size = [*SIZES['small'], '--eval_interval=800', f'--final_tokens={2 ** 19}']
     for section in rows().values():
         for name, text in section.items():
-            rates = RATES['muon' if 'muon' in text else 'adamw']
-            found += [Job(name, [*size, *arguments(f'{rates} {text}')], seed)
+            found += [Job(name, [*size, *arguments(f'{COMMON} {text}')], seed)
                       for seed in (seeds if name in claimed else seeds[:1])]
     return sorted(found, key=lambda job: seeds.index(job.seed))
 
