@@ -47,9 +47,8 @@ HELD, BAR = 208, 20      # held out; percent, what the median error of delta the
 # seeds on which no rate was tuned: the first everywhere, others for some precisions and megabytes
 SEEDS = {48: (11, 12, 13), 64: (11, 12, 13), 96: (11, 12), 144: (11,), 208: (11,)}
 SEEDED, SEEDED_MB = ('', 'w2', 'direct ternary'), (1, 2)
-# by what stores the weights, at a width of 256: train.py takes them to other widths. Not tuned
-# for these sizes yet
-RATES = {'floats': 'learning_rate=1.5e-3 embedding_lr=24e-3',
+# by what stores the weights; of floats it goes as 1 / d. Not tuned for these sizes yet
+RATES = {'floats': 'learning_rate=8e-3 base_width=48 embedding_lr=24e-3',
          'ternary': 'embedding_lr=24e-3', '4-bit': 'embedding_lr=24e-3'}
 # name: kind of tensor, bits, rates and keys for train.py; all cost much more than the noise
 PRECISIONS = {'w2': ('weights', 2, 'floats', 'weights=int2/row'),

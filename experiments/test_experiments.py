@@ -534,3 +534,18 @@ def test_rows_of_memory_and_bits_are_runs():
     assert wide['direct ternary, 4 MB'] > wide['direct ternary, 2 MB'] == 64
     sizes = [memory.megabytes(memory.keys_of(name, 64)) for name in memory.RECIPES]
     assert sizes == sorted(sizes, reverse=True)         # in the order of the table
+
+
+def test_the_page_says_what_was_measured_of_direct_training():
+    page = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
+    found = {corpus: runs.read(runs.RESULTS / f'direct-default-{corpus}.jsonl')
+             for corpus in ('python', 'sympy')}
+    for name in direct.TERNARY, direct.PLAIN, direct.ADAMW, direct.ROWS:
+        cells = [sorted(runs.losses(results, name).items()) for results in found.values()]
+        cells = [', '.join(f'{loss:.3f}' for _, loss in cell) for cell in cells]
+        assert f'| {name} | {cells[0]} | {cells[1]} |' in page, (name, cells)
+    for results in found.values():
+        for name in direct.ROWS, direct.PLAIN:
+            mean, half = runs.compare(results, direct.TERNARY, name)
+            said = f'{mean:+.1f} % ({mean - half:+.1f} to {mean + half:+.1f})'
+            assert said in page, (name, said)
