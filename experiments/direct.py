@@ -12,7 +12,6 @@ states in few bits, controls, the ingredients of the direct update, and ideas th
 Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are
 skipped), .md and .png.
 """
-import itertools
 import math
 import statistics
 
@@ -106,7 +105,7 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
 
 def draw(results, path):
     """The loss of each side against the bytes that it holds of a weight, and the way there: its
-    loss above AdamW's, and how well random tokens are copied."""
+    loss above that of direct ternary, and how well random tokens are copied."""
     from experiments.figures import METHODS, pyplot
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4.2))
 
@@ -117,7 +116,7 @@ def draw(results, path):
             if values and math.inf not in values:
                 size = next(r for r in results if r['name'] == name)['bytes']['linear']
                 mean, half = interval(values)
-                yield size['weights'] + size['optimizer'], mean, half if len(values) > 1 else 0
+                yield size['weights'] + size['optimizer'], mean, half if len(values) > 2 else 0
 
     for name in rows()['hard']:
         for x, y, half in points([name]):
@@ -130,16 +129,19 @@ def draw(results, path):
     ticks = [1, 1.5, 2, 3, 4, 6, 8, 12]
     left.set_xticks(ticks, [f'{t:g}' for t in ticks])
     left.minorticks_off()
-    first = itertools.repeat(0.0)       # of AdamW, if it has run
+    base = {r['seed']: r['evaluations'] for r in results if r['name'] == TERNARY and r['val_loss']}
     for side in SIDES:
-        runs = [r['evaluations'] for r in results if r['name'] == side and r['val_loss']]
-        if runs:
-            # of each evaluation the mean over seeds
-            steps, loss, copied = zip(*(map(statistics.mean, zip(*e)) for e in zip(*runs)))
-            first = loss if side == ADAMW else first
-            middle.plot(steps, [b - a for a, b in zip(first, loss)], color=METHODS[side])
+        # (its evaluations but for the last, of more text; those of direct ternary) of each seed
+        pairs = [(r['evaluations'][:-1], base[r['seed']]) for r in results
+                 if r['name'] == side and r['val_loss'] and r['seed'] in base]
+        if pairs:
+            steps = [step for step, *_ in pairs[0][0]]
+            both = [[*zip(*pair)] for pair in pairs]        # of each seed, by evaluation
+            above = [statistics.mean(ours[1] - its[1] for ours, its in at) for at in zip(*both)]
+            copied = [statistics.mean(ours[2] for ours, _ in at) for at in zip(*both)]
+            middle.plot(steps, above, color=METHODS[side])
             right.plot(steps, copied, color=METHODS[side])
-    middle.set(xlabel='step', ylabel='nats/token above AdamW', title='The way there')
+    middle.set(xlabel='step', ylabel='nats/token above direct ternary', title='The way there')
     right.set(xlabel='step', ylabel='nats that a token costs less',
               title='Random tokens, the second time')
     figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4)
