@@ -527,16 +527,17 @@ def test_rows_of_a_real_model_are_quantized_copies(monkeypatch):
 
 def test_rows_of_memory_and_bits_are_runs():
     found = memory.jobs([11], most=(2, 4))
-    assert len(found) == 10 and len(bits.jobs([11, 12, 13])) == 45          # two do not fit in 2
+    assert len(found) == 11 and len(bits.jobs([11, 12, 13])) == 45          # one does not fit in 2
     for job in (*found[::4], *bits.jobs([11])[::6]):
         train.parse(runs.plain(job.args))
     wide = {job.name: runs.keys(job.args)['n_embd'] for job in found}
-    assert wide['direct ternary, 4 MB'] > wide['direct ternary, 2 MB'] == 64
+    assert wide['direct ternary, 4 MB'] > wide['direct ternary, 2 MB'] == 96
     sizes = [memory.megabytes(memory.keys_of(name, 64)) for name in memory.RECIPES]
     assert sizes == sorted(sizes, reverse=True)         # in the order of the table
 
 
 def test_the_page_says_what_was_measured_of_direct_training():
+    pytest.importorskip('scipy')
     page, readme = (' '.join((ROOT / folder / 'README.md').read_text(encoding='utf-8').split())
                     for folder in ('experiments', '.'))
     found = {corpus: runs.read(runs.RESULTS / f'direct-default-{corpus}.jsonl')
