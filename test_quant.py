@@ -595,7 +595,8 @@ def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
         [0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
     model.config.base_width = 1000      # narrower than that, rates are as they are
     optimizer.begin()
-    assert [optimizer.rates[k][0].item() for k in ('direct', 'linear')] == pytest.approx([0.8, 1e-3])
+    rates = [optimizer.rates[kind][0].item() for kind in ('direct', 'linear')]
+    assert rates == pytest.approx([0.8, 1e-3])
 
 
 @each('size', [1.0, 1e-22])

@@ -21,7 +21,7 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, compa
 from quant import fake_quant, linears
 
 # every row that does not say otherwise is without momentum, with which the small model learns to
-# copy later, and not on every seed
+# copy later; without it, too, it does not on every seed (11)
 COMMON, MOMENTUM = 'beta1=0.', 'beta1=.9'
 
 BASE, STRATEGIES = 'baseline', 'w8 a8 g8 w8a8 w8a8g8 kv4 w4 a4 w4a4 w4a4g4 everything'
