@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -198,6 +199,7 @@ def start_worker(threads, free=None):
     """Of a process that will train: its threads, cores and memory, and the noise of stochastic
     rounding compiled, which is the same to the bit, but eager takes half the time of runs that
     quantize g."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # between runs it ends without a word
     torch.set_num_threads(threads)
     if free and hasattr(os, 'sched_setaffinity'):
         ours = sorted(os.sched_getaffinity(0))
@@ -226,10 +228,10 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
         missing = {job.mark: job for job in todo if job.mark not in done}      # each once
         keep = {job.mark for job in todo if job.name in keep}
         pending = {pool.submit(run, job): job for job in missing.values()}
-        hours = sum(map(cost or seconds, missing.values())) / min(jobs, cores()) / 3600
-        tqdm.write(f'{path.name}: {len(missing)} of {len(todo)} runs to train, about {hours:.1f} '
-                   'hours')
         try:
+            hours = sum(map(cost or seconds, missing.values())) / min(jobs, cores()) / 3600
+            tqdm.write(f'{path.name}: {len(missing)} of {len(todo)} runs to train, about '
+                       f'{hours:.1f} hours')
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 result = future.result()
                 with open(path, 'a', encoding='utf-8') as f:
@@ -240,8 +242,7 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
         except (KeyboardInterrupt, BrokenProcessPool):
             raise SystemExit('stopped; the same command goes on from here') from None
         finally:
-            for future in pending:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
     return results_of(path, todo)
 
 
