@@ -398,7 +398,7 @@ def shifts(width, like):
 @dataclass(frozen=True)
 class How:
     """What a Linear quantizes, and how it multiplies. As (backward, gradients_in), paper 1 is
-    (ste, both) in its text, (full, dw) in its code; SwitchBack is (full, dx), its dx with w^."""
+    (ste, both) in its text, (full, dw) in its code; SwitchBack is (full, dx), with w^ in dx."""
     weights: Spec | None = None
     activations: Spec | None = None
     gradients: Spec | None = None
@@ -475,20 +475,21 @@ def straight_through(g, q, how=None, key=None):
 
 
 def fold(g, q, how, key):
-    """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): column k of g takes in scale k, and Q
-    makes the one error. In dw it is larger where some tokens of x are far larger than others."""
+    """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): column k of g is multiplied by scale k, so
+    that only Q errs: more in dw, where some tokens of x are far larger than others."""
     if not together(q.spec, how.gradients) or how.gradients.group != 'row' or q.spec.rotation:
         raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), gradients "
                          'and activations symmetric integers or fp8, not rotated, a scale per row')
     # the codes without their scales
     grid = q.spec.grid if GRIDS[q.spec.grid].float else 'int8'
     codes = QTensor(codes_of(q).T, q.scale.new_ones(1, 1), spec=Spec(grid, 'row'))
-    folded = quantize(g * q.scale.T, how.gradients, key)                # (1, K) or (1, 1)
+    folded = quantize(g * q.scale.T, how.gradients, key)        # the scale is (1, K) or (1, 1)
     return matmul(folded, codes, how.compute == 'codes', g.dtype)
 
 
 def requantize(g, q, how, key):
-    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum."""
+    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum. Q is
+    how.gradients, but of x and w to nearest."""
     s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
     # both as rows in memory: a CPU rounds along columns three times slower
@@ -528,7 +529,7 @@ def matmul_backward(g, x, w, how, key):
 
 class Matmul(torch.autograd.Function):
     """y = x^ (w^)^T + b, db = sum g; dx, dw by `matmul_backward`. `weight` is w, or, where there
-    are codes, the leaf that receives dw. x^ and w^ wait for the backward as codes and scales."""
+    are codes, the leaf that receives dw. Saved are x^ and w^ as codes and scales, or x and w."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, key, how, stored, codes, scale):
@@ -691,13 +692,13 @@ def inductor(options, on_gpu=True):
 # Where Q rounds to a few bits by chance, or codes move, no float copy of w is left: direct
 # training (paper 2).
 
-# the numbers of a step, 0-d tensors, so that new ones need no compiling. decay includes lr, bias1
-# and bias2 are 1 - beta^t, so that mhat = m / bias1; g is multiplied by clip
+# the numbers of a step, 0-d tensors, so that new ones need no compiling. decay is lr weight_decay,
+# bias1 and bias2 are 1 - beta^t; g is multiplied by clip
 Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps clip')
 
 
 def size_of(g, v, h, key):
-    """sqrt(vhat) + eps after g, of v before it is rounded (rank1: after), and v as it is stored."""
+    """After g, sqrt(vhat) + eps, of v before it is rounded (of rank1: after), and v to store."""
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
         # a mean over columns of the old v is its row, and over rows its column
@@ -718,7 +719,7 @@ def adamw_step(w, g, m, v, h, key):
     g, old = h.clip * g.float(), dequantize(w)
     m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g if m else g     # beta1 = 0: no m is held
     size, v_new = size_of(g, v, h, stream(key, 2))
-    # the scale stays: found anew, the mean |w| of a ternary w would shrink. No spec: no rounding
+    # w keeps its scale: a new mean |w| of a ternary w would shrink. Without a spec: no rounding
     new = (1 - h.decay) * old - h.lr * m_new / (h.bias1 * size)
     new = quantize(new, w.spec, key, scale=w.scale)
     moved = (dequantize(new) != old).sum() if w.spec else None
@@ -731,12 +732,12 @@ def adamw_step(w, g, m, v, h, key):
 
 def direct_step(w, g, e, v, s_moments, h, h_s, key):
     """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest.
-    Returns how many codes moved, by row. e, (out, in) as m, is what a code's gradients have added
-    up to since it last moved, in levels. When that is a level, the code moves by it. With a = lr
-    Qp, what is weak but steady takes 1 / (a mean g / sqrt(vhat)) steps, and noise, whose sum grows
-    as a root, about 1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight (BitNet) in
-    few bits, which ends a level beyond the grid, and whose code needs a whole level to move back.
-    s learns: Adam steps log s, whose m and v are s_moments, so that a step is a share of s.
+    Returns how many codes moved, by row. e, (out, in) as m, adds up a g / sqrt(vhat), a = lr Qp, in
+    levels; its whole part is taken off the code, and the rest stays. What is weak but steady moves
+    a code in 1 / (a mean(g / sqrt(vhat))) steps, and noise, whose sum grows as a root, in about
+    1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight, as BitNet has, in few bits.
+    It ends a level beyond the grid, and its code moves back only after a whole level. s learns:
+    Adam steps log s, with s_moments as m and v, so that a step multiplies s.
     Paper 2 keeps no e and rounds w by chance. Float sums that move a weight at a threshold are
     known for Boolean weights (BOLD, 2405.16339; of an average: Bop, 1906.02107) and in evolution
     strategies (2602.03120). In few bits, with Adam's v, on all grids of integers: ours."""
