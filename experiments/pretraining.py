@@ -155,20 +155,20 @@ def draw(results, sections, path, most=100):
     panel.set_xscale('symlog', linthresh=1, linscale=1.5)       # linear between -1 and 1
     kinds = {   # (label in the legend, style)
         'seeds': ('mean and 95 % interval', {'fmt': 'o', 'mfc': 'C0'}),
-        'one': ('one seed', {'fmt': 'o', 'mfc': 'w'}),
+        'one': ('one seed, and how far seeds differ', {'fmt': 'o', 'mfc': 'w'}),
         'beyond': (f'more than {most} %, or not finite', {'fmt': '>', 'mfc': 'C0'})}
     drawn = {kind: ([], [], []) for kind in kinds}          # x, y, half the width of the interval
     for place, name in enumerate(ticks):
         mean, half = compare(results, name, BASE)
         if not math.isnan(mean):
-            kind = 'beyond' if mean > most else 'one' if math.isnan(half) else 'seeds'
-            point = min(mean, most), place, half if kind == 'seeds' else 0
+            kind = 'beyond' if mean > most else 'seeds' if len(losses(results, name)) > 1 else 'one'
+            point = min(mean, most), place, half if kind != 'beyond' else 0
             for values, value in zip(drawn[kind], point):
                 values.append(value)
     for kind, (label, style) in kinds.items():
         x, y, halves = drawn[kind]
-        panel.errorbar(x, y, xerr=halves if kind == 'seeds' else None, capsize=2,
-                       color='C0', label=label, **style)
+        panel.errorbar(x, y, xerr=None if kind == 'beyond' else halves, capsize=2, color='C0',
+                       label=label, **style)
     panel.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for label in panel.get_yticklabels():
         label.set_weight('bold' if label.get_text() in sections else 'normal')

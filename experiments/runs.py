@@ -309,9 +309,24 @@ def interval(values):
 
 
 def compare(results, a, b):
-    """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair."""
+    """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair. That of
+    one pair is as wide as the spread over seeds of all rows that are near b says."""
     percent = differences(results, a, b)
-    return interval(percent) if percent else (math.nan, math.nan)
+    if len(percent) != 1 or math.isinf(percent[0]):
+        return interval(percent) if percent else (math.nan, math.nan)
+    from scipy.stats import t
+    sd, df = spread(results, b)
+    return percent[0], t.ppf(0.975, df) * sd if df else math.nan
+
+
+def spread(results, b, near=5):
+    """(standard deviation, degrees of freedom) of loss(a) / loss(b) - 1 in percent over seeds: of
+    all a that have several and a mean within `near` percent, together."""
+    every = [differences(results, a, b) for a in {r['name'] for r in results} - {b}]
+    every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < near]
+    df = sum(len(x) - 1 for x in every)
+    squares = sum((len(x) - 1) * statistics.variance(x) for x in every)
+    return (math.sqrt(squares / df), df) if df else (math.nan, 0)
 
 
 def chance(values, bound):

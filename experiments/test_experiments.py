@@ -323,6 +323,9 @@ def test_a_verdict_needs_more_than_chance():
     assert runs.compare(results, 'better', 'base') == pytest.approx((-1, 0))
     # of three values 4.303 standard errors to either side
     assert runs.compare(results, 'alike', 'base') == pytest.approx((0, 4.303 / 3 ** 0.5), rel=1e-3)
+    # of one pair 2.776 deviations: the variance of the two rows together, of four degrees, is .5
+    once = runs.compare(results, 'once', 'base')
+    assert once == pytest.approx((-50, 2.776 * 0.5 ** 0.5), rel=1e-3)
     assert said('better', '<=', 0, 'base') == 'PASS' and said('better', '>=', 0, 'base') == 'FAIL'
     assert said('alike', '<=', 0, 'base') == said('alike', '<=', 2, 'base') == 'UNRESOLVED'
     assert said('alike', '<=', 3, 'base') == 'PASS'
