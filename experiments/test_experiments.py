@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import random
+import re
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -557,3 +558,44 @@ def test_the_page_says_what_was_measured_of_direct_training():
         mean, half = runs.compare(results, direct.TERNARY, direct.ROWS)
         said = f'{-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f})'
         assert said in readme, said
+
+
+def tables(section):
+    """Tables of a section of experiments/README.md: lists of rows, which are lists of cells."""
+    page = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
+    text = page.split(f'## {section}\n')[1].split('\n## ')[0]
+    return [[[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()[2:]]
+            for table in re.findall(r'(?:^\|.*\n)+', text, re.M)]
+
+
+def test_the_page_says_what_was_measured_of_a_real_model():
+    results = {r['name']: r for r in runs.read(runs.RESULTS / 'pretrained.jsonl')}
+    for name, bits, *cells in tables('A real language model')[0]:
+        grid, how = name.split(',')[0], name.replace("llama.cpp's ", '').split(',')[0]
+        more = ', mlp.c_proj in int8/row' * ('c_proj' in name)
+        names = [f'{way} {grid}{mse}{more}' for way in ('rtn', 'gptq') for mse in ('', '/mse')] \
+            if how == grid else [f'llama.cpp {how}']
+        for cell, key in zip(cells, names):
+            r = results[key] if cell else {}
+            rises = [f'{r[text]["rise"]:.3f}' for text in ('english', 'python') if cell]
+            assert cell == ', '.join(rises) and (not cell or bits == f'{r["bits"]:.2f}'), name
+
+
+@pytest.mark.parametrize('section, place, file, columns', [
+    ('Speed and memory', 0, 'bench-amd-epyc-2-cores.json', slice(1, 7)),
+    ('Speed and memory', 1, 'bench-rows-amd-epyc-2-cores.json', slice(1, 2)),
+    ('On a GPU', 0, 'bench-rows-nvidia-h200.json', slice(1, 5)),
+    ('What a GPU would run', 0, 'fusion.json', slice(2, 5))])
+def test_the_page_says_what_was_measured_of_speed(section, place, file, columns):
+    """All that a row says is in one row of the file, in seconds there and ms here."""
+    found = json.loads((runs.RESULTS / file).read_text(encoding='utf-8'))
+    rows = [row[1:] if isinstance(row, list) else row.values()
+            for row in found.get('rows') or found['bars']]
+    rows = [[x for x in row if isinstance(x, (int, float))] for row in rows]
+    for cells in tables(section)[place]:
+        for part in zip(*(cell.split('; ') for cell in cells[columns])):
+            said = re.findall(r'(?<![a-z\d])-?\d+(?:\.\d+)?', re.sub(r'\(.*\)', '', ' '.join(part)))
+            said = [(float(x), len(x.partition('.')[2])) for x in said]
+            assert said and any(all(any(round(scale * x, n) == value for x in row
+                                        for scale in (1, 1000)) for value, n in said)
+                                for row in rows), cells
