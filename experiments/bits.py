@@ -3,9 +3,9 @@ Where does a weight keep what it has learned? python -m experiments.bits
 
 Loss against all bits that last from one step to the next, of a weight of the blocks: its code,
 with its share of the scales, and e, which gathers what has not moved it yet (quant.direct_step).
-Either may have few bits. v is a row and a column. The small model, text that is read once. Writes
-results/bits.jsonl, one line a run, .md and .png. 45 runs: about two hours on two cores; finished
-ones are skipped.
+Either may have few bits. v is a row and a column. Model and text are those of
+experiments.pretraining. Writes results/bits.jsonl, one line a run, .md and .png. 45 runs: less than
+an hour on two cores; finished ones are skipped.
 """
 import statistics
 
@@ -22,8 +22,8 @@ GATHERED = {'none': 'idea=nothing', '2 bits': 'adam_m=int2/row/stochastic',
 
 
 def jobs(seeds):
-    return [Job(f'{code}, e of {m}', [*SIZES['small'], *arguments(
-        f'{CODES[code]} {GATHERED[m]} eval_interval=1000')], seed)
+    return [Job(f'{code}, e of {m}', [*SIZES['tiny'], *arguments(
+        f'{CODES[code]} {GATHERED[m]}')], seed)
         for seed in seeds for code in CODES for m in GATHERED]
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import statistics
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -560,12 +561,28 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert said in readme, said
 
 
-def tables(section):
-    """Tables of a section of experiments/README.md: lists of rows, which are lists of cells."""
-    page = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
+def tables(section, folder='experiments'):
+    """Tables of a section of a README.md: lists of rows, which are lists of cells."""
+    page = (ROOT / folder / 'README.md').read_text(encoding='utf-8')
     text = page.split(f'## {section}\n')[1].split('\n## ')[0]
     return [[[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()[2:]]
             for table in re.findall(r'(?:^\|.*\n)+', text, re.M)]
+
+
+def test_the_pages_say_what_was_measured_of_strategies():
+    pytest.importorskip('scipy')
+    results = runs.results_of(runs.RESULTS / 'pretraining.jsonl',
+                              pretraining.jobs_of(pretraining.SEEDS))
+    said = lambda name: '{:+.2f} ± {:.2f}'.format(*runs.compare(results, name, pretraining.BASE))
+    base = statistics.mean(runs.losses(results, pretraining.BASE).values())
+    rows = {row[0]: row[-1] for row in tables('Strategies', '.')[0]}
+    assert rows.pop('`baseline`') == f'{base:.3f} nats' and len(rows) == 16
+    for first, cell in rows.items():
+        names = re.findall(r'`(?:baseline --optimizer=)?(\w+)`', first)
+        assert cell == ('see below' if 'gptq' in names else ', '.join(map(said, names))), names
+    rows = [row for table in tables('Quantized pre-training')[1:] for row in table]
+    assert {name for name, *_ in rows} == {r['name'] for r in results} - {pretraining.BASE}
+    assert all(cell == said(name) for name, cell in rows)
 
 
 def test_the_page_says_what_was_measured_of_a_real_model():
