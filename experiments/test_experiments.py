@@ -571,8 +571,10 @@ def tables(section, folder='experiments'):
 
 def test_the_pages_say_what_was_measured_of_strategies():
     pytest.importorskip('scipy')
-    results = runs.results_of(runs.RESULTS / 'pretraining.jsonl',
-                              pretraining.jobs_of(pretraining.SEEDS))
+    jobs = pretraining.jobs_of(pretraining.SEEDS)
+    results = runs.results_of(runs.RESULTS / 'pretraining.jsonl', jobs)
+    if len(results) < len(jobs):
+        pytest.skip('not all of the runs are there: python -m experiments.pretraining')
     said = lambda name: '{:+.2f} ± {:.2f}'.format(*runs.compare(results, name, pretraining.BASE))
     base = statistics.mean(runs.losses(results, pretraining.BASE).values())
     rows = {row[0]: row[-1] for row in tables('Strategies', '.')[0]}
