@@ -253,11 +253,11 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
 
 
 def seconds(job):
-    """About what it takes to train, on one core: as measured at widths of 128 and 256, where a
-    core takes 4e10 weights times tokens a second, and what is not a matmul goes with the width."""
+    """About what it takes to train, on one core: half a minute to compile and then, as measured at
+    widths of 128 and 256, 4e10 weights times tokens a second; the rest goes with the width."""
     c = replace(train.Config(), **{k: v for k, v in keys(job.args).items() if k != 'checkpoint'})
     tokens = c.max_iters * c.grad_accum * c.batch_size * c.block_size
-    return tokens * (weights(c) / 4e10 + c.n_embd / 4e6)
+    return 30 + tokens * (weights(c) / 4e10 + c.n_embd / 4e6)
 
 
 def results_of(path, jobs):
@@ -325,11 +325,11 @@ def compare(results, a, b):
     return percent[0], t.ppf(0.975, df) * sd if df else math.nan
 
 
-def spread(results, b, near=5):
+def spread(results, b):
     """(standard deviation, degrees of freedom) of loss(a) / loss(b) - 1 in percent over seeds: of
-    all a that have several and a mean within `near` percent, together."""
+    all a that have several and a mean within 5 percent, together."""
     every = [differences(results, a, b) for a in {r['name'] for r in results} - {b}]
-    every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < near]
+    every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < 5]
     df = sum(len(x) - 1 for x in every)
     squares = sum((len(x) - 1) * statistics.variance(x) for x in every)
     return (math.sqrt(squares / df), df) if df else (math.nan, 0)
