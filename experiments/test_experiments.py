@@ -587,6 +587,15 @@ def test_the_pages_say_what_was_measured_of_strategies():
     assert all(cell == said(name) for name, cell in rows)
 
 
+def test_the_page_says_how_far_runs_part():
+    page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
+    found = [r for r in runs.read(runs.RESULTS / 'tries.jsonl') if r['seed'] == 11]
+    for commit in 'c18327a', '3bcfb2f':
+        loss = {r['name']: f'{r["val_loss"]:.3f}' for r in found if r.get('commit') == commit}
+        *some, last = (loss[name] for name in ('baseline', 'w8', 'a8', 'w8a8', 'g8', 'adam8'))
+        assert f'end at {", ".join(some)} and {last}' in page
+
+
 def test_the_page_says_what_was_measured_of_a_real_model():
     results = {r['name']: r for r in runs.read(runs.RESULTS / 'pretrained.jsonl')}
     for name, bits, *cells in tables('A real language model')[0]:
