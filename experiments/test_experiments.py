@@ -6,9 +6,14 @@ The experiments: every row is a run, what is interrupted goes on, and verdicts a
 import argparse
 import json
 import math
+import os
 import random
 import re
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +190,34 @@ def elsewhere(tmp_path, monkeypatch):
         monkeypatch.setattr(program, 'RESULTS', tmp_path)
     monkeypatch.setattr(runs, 'ProcessPoolExecutor', Here)
     return tmp_path
+
+
+def test_ctrl_c_ends_a_program_in_one_line(tmp_path):
+    """While workers run and while one is between two runs; without a traceback of any of them."""
+    (tmp_path / 'program.py').write_text('''import signal, sys, time
+from pathlib import Path
+from experiments import runs
+
+def slow(job):
+    time.sleep(job.seed)
+    job.folder.mkdir(parents=True)
+    return {'name': '', 'seed': job.seed, 'mark': job.mark, 'val_loss': 1.0}
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    jobs = [runs.Job('', [], seed) for seed in (0, *range(60, 80))]
+    runs.run_all(Path(sys.argv[1]), jobs, 2, run=slow, cost=lambda job: 1)
+''')
+    out = tmp_path / 'x.jsonl'
+    process = subprocess.Popen([sys.executable, tmp_path / 'program.py', out], text=True,
+                               env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=ROOT,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    while process.poll() is None and not out.exists():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and 'Traceback' not in said
+    assert said.endswith('stopped; the same command goes on from here\n')
 
 
 def test_an_experiment_goes_on_where_it_stopped(small, elsewhere):
