@@ -36,7 +36,7 @@ from train import Config
 
 ROOT = Path(__file__).parent
 CONFIGS = sorted(ROOT.glob('config/[!_]*.py'))
-SIZES = 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b'
+SIZES = 'tiny', 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b'
 STRATEGIES = [path.stem for path in CONFIGS if path.stem not in SIZES]
 TERNARY = 'ternary/row/absmean'
 TORCHRUN = '-m', 'torch.distributed.run', '--standalone'

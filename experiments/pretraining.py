@@ -4,10 +4,10 @@ What each quantized tensor costs in pre-training: paper 1 (2407.11722) and the 4
 
     python -m experiments.pretraining       an hour on two cores
 
-Every row trains a model of width 64, a quarter of a million parameters, on the same 1.6M tokens,
-none of them twice: 7.7 to a weight of the blocks. Longer training parts runs that differ in next
-to nothing, as their attention learns one thing or another, sooner or later: after 2,400 steps, with
-one head a layer, full precision and five ways of 8 bits were 6 % apart (results/tries.jsonl).
+Every row trains a model of width 64, .26M weights in the blocks, on the same 1.6M tokens, none of
+them twice: 6.2 to a weight. Longer training parts runs that differ in next to nothing, as their
+attention learns one thing or another, sooner or later: after 2,400 steps, with one head a layer,
+full precision and five ways of 8 bits were 6 % apart (results/tries.jsonl).
 
 Rows that a claim is about are trained with all seeds, the others with the first one. Writes
 results/pretraining.jsonl (one line a run; finished ones are skipped), .md (claims and tables) and
@@ -158,7 +158,8 @@ def draw(results, sections, path, most=100):
     panel.set_xscale('symlog', linthresh=1, linscale=1.5)       # linear between -1 and 1
     kinds = {   # (label in the legend, style)
         'seeds': ('mean and 95 % interval', {'fmt': 'o', 'mfc': 'C0'}),
-        'one': ('one seed, and how far seeds differ', {'fmt': 'o', 'mfc': 'w'}),
+        'one': ('one seed, and how far seeds of rows near the baseline differ',
+                {'fmt': 'o', 'mfc': 'w'}),
         'beyond': (f'more than {most} %, or not finite', {'fmt': '>', 'mfc': 'C0'})}
     drawn = {kind: ([], [], []) for kind in kinds}          # x, y, half the width of the interval
     for place, name in enumerate(ticks):

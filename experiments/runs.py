@@ -44,11 +44,7 @@ def arguments(text):
 
 
 SIZES = {  # name: arguments for train.py that come before all others
-    # runs that are alike have not parted yet. Full precision on seed 2: with embedding_lr 48e-3 and
-    # learning_rate 1.5, 3, 6, 12e-3 it ends at 3.544, 3.436, 3.475, 3.779; with 6e-3 and 96e-3 at
-    # 3.444; with 3e-3 and 6, 12e-3 at 3.786, 3.659 (results/tries.jsonl)
-    'tiny': arguments('config/small.py n_embd=64 n_head=4 max_iters=800 learning_rate=3e-3 '
-                      'embedding_lr=48e-3'),
+    'tiny': ['config/tiny.py'],
     'small': ['config/small.py'],
     'default': [],
     'large': ['--n_layer=8', '--n_embd=640', '--n_head=10', '--batch_size=4', '--max_iters=5000',
@@ -272,6 +268,9 @@ def results_of(path, jobs):
 # ------------------------------------------------------------------------------------------------
 # comparisons
 
+NEAR = 5        # percent: rows so near to one another have the same spread over seeds
+
+
 def parser_of(doc, seeds=None):
     """Of the options of a program whose runs have seeds: --seeds and --jobs."""
     parser = argparse.ArgumentParser(
@@ -316,9 +315,9 @@ def interval(values):
 
 def compare(results, a, b):
     """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair. That of
-    one pair is as wide as the spread over seeds of all rows that are near b says."""
+    one pair is as wide as the spread over seeds of all rows that are near b says, if it is near."""
     percent = differences(results, a, b)
-    if len(percent) != 1 or math.isinf(percent[0]):
+    if len(percent) != 1 or abs(percent[0]) >= NEAR:
         return interval(percent) if percent else (math.nan, math.nan)
     from scipy.stats import t
     sd, df = spread(results, b)
@@ -327,9 +326,11 @@ def compare(results, a, b):
 
 def spread(results, b):
     """(standard deviation, degrees of freedom) of loss(a) / loss(b) - 1 in percent over seeds: of
-    all a that have several and a mean within 5 percent, together."""
-    every = [differences(results, a, b) for a in {r['name'] for r in results} - {b}]
-    every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < 5]
+    all a that were trained, and not made of b, have several and are near it."""
+    runs = {r['mark'] for r in results if r['name'] == b}
+    every = [differences(results, a, b) for a in {r['name'] for r in results
+                                                  if r['mark'] not in runs}]
+    every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < NEAR]
     df = sum(len(x) - 1 for x in every)
     squares = sum((len(x) - 1) * statistics.variance(x) for x in every)
     return (math.sqrt(squares / df), df) if df else (math.nan, 0)

@@ -349,18 +349,23 @@ def test_what_pretraining_looks_at(small, elsewhere):
 
 def test_a_verdict_needs_more_than_chance():
     pytest.importorskip('scipy')
-    lines = lambda name, losses: [{'name': name, 'seed': i, 'val_loss': x}
+    lines = lambda name, losses: [{'name': name, 'mark': f'{name} {i}', 'seed': i, 'val_loss': x}
                                   for i, x in enumerate(losses)]
     results = lines('base', [2.0, 3.0, 4.0]) + lines('better', [1.98, 2.97, 3.96]) + \
         lines('alike', [2.02, 3.0, 3.96]) + lines('broken', [2.0, None, 4.0])
-    results += lines('once', [1.0])
+    results += lines('once', [1.96]) + lines('far', [1.0])
+    results += [{**r, 'name': 'base, rounded', 'val_loss': 1.01 * r['val_loss']}
+                for r in results if r['name'] == 'base']
     said = lambda *claim: runs.claim_lines(results, [('', '', *claim)])[2].split('**')[1]
     assert runs.compare(results, 'better', 'base') == pytest.approx((-1, 0))
     # of three values 4.303 standard errors to either side
     assert runs.compare(results, 'alike', 'base') == pytest.approx((0, 4.303 / 3 ** 0.5), rel=1e-3)
-    # of one pair 2.776 deviations: the variance of the two rows together, of four degrees, is .5
+    # of one pair 2.776 deviations: the variance of the two rows together, of four degrees, is .5;
+    # what is made of the same runs says nothing of how far runs differ
     once = runs.compare(results, 'once', 'base')
-    assert once == pytest.approx((-50, 2.776 * 0.5 ** 0.5), rel=1e-3)
+    assert once == pytest.approx((-2, 2.776 * 0.5 ** 0.5), rel=1e-3)
+    far = runs.compare(results, 'far', 'base')                          # nor how far such a one
+    assert far[0] == -50 and math.isnan(far[1])
     assert said('better', '<=', 0, 'base') == 'PASS' and said('better', '>=', 0, 'base') == 'FAIL'
     assert said('alike', '<=', 0, 'base') == said('alike', '<=', 2, 'base') == 'UNRESOLVED'
     assert said('alike', '<=', 3, 'base') == 'PASS'
@@ -608,10 +613,14 @@ def test_the_pages_say_what_was_measured_of_strategies():
     results = runs.results_of(runs.RESULTS / 'pretraining.jsonl', jobs)
     if len(results) < len(jobs):
         pytest.skip('not all of the runs are there: python -m experiments.pretraining')
-    said = lambda name: '{:+.2f} ± {:.2f}'.format(*runs.compare(results, name, pretraining.BASE))
+
+    def said(name):
+        mean, half = runs.compare(results, name, pretraining.BASE)
+        return f'{mean:+.2f}' + f' ± {half:.2f}' * (not math.isnan(half))
+
     base = statistics.mean(runs.losses(results, pretraining.BASE).values())
     rows = {row[0]: row[-1] for row in tables('Strategies', '.')[0]}
-    assert rows.pop('`baseline`') == f'{base:.3f} nats' and len(rows) == 16
+    assert rows.pop('`baseline`') == f'{base:.3f} nats' and len(rows) == 17
     for first, cell in rows.items():
         names = re.findall(r'`(?:baseline --optimizer=)?(\w+)`', first)
         assert cell == ('see below' if 'gptq' in names else ', '.join(map(said, names))), names
