@@ -4,6 +4,6 @@ stored = 'int4/row'
 activations = 'int8/row'
 adam_m = 'int8/row/stochastic'
 adam_v = 'rank1'
-code_lr = 0.012
+code_lr = 0.024
 beta2 = 0.999
 compute = 'codes'

@@ -26,15 +26,16 @@ HOW = dict(zip(SIDES, (
     'config/baseline.py optimizer=muon init_gain=0.', 'config/bitnet.py',
     'config/bitnet.py weights=ternary/row/absmean', 'config/ternary.py',
     'config/ternary_int8.py')))
-# {side: its tries, with seed 1}: the first of them is what a side takes. Still to be made are
-# those of BitNet, of int8 codes, and all but the second of Muon
+# {side: its tries, with seed 1}: the first of them is what a side takes. Half and twice are of the
+# rate of the size. Still to be made are those of BitNet, of int8 codes, and all but the second of
+# Muon, and at the tiny size all
 TRIES = {
-    ADAMW: ('', 'learning_rate=.75e-3', 'learning_rate=3e-3'),
-    PLAIN: ('learning_rate=.75e-3', ''),
-    MUON: ('', 'learning_rate=.75e-3', 'beta1=.95'),
-    BITNET: ('', 'learning_rate=.75e-3', 'learning_rate=3e-3'),
-    ROWS: ('', 'learning_rate=.75e-3', 'learning_rate=3e-3', 'embedding_lr=12e-3', 'beta1=0.',
-           'learning_rate=.75e-3 beta1=0.'),
+    ADAMW: ('', 'learning_rate={half}', 'learning_rate={twice}'),
+    PLAIN: ('learning_rate={half}', ''),
+    MUON: ('', 'learning_rate={half}', 'beta1=.95'),
+    BITNET: ('', 'learning_rate={half}', 'learning_rate={twice}'),
+    ROWS: ('', 'learning_rate={half}', 'learning_rate={twice}', 'embedding_lr={more}', 'beta1=0.',
+           'learning_rate={half} beta1=0.'),
     TERNARY: ('', 'code_lr=.044', 'code_lr=.088', 'code_lr=.044 idea=root'),
     INT8: ('', 'code_lr=.006', 'code_lr=.024')}
 # how codes are stored: on their own, and under a ternary forward
@@ -43,11 +44,16 @@ GRIDS = 'int3', 'int4', 'int8'
 
 def rows(size='tiny'):
     """{section: {name: keys for train.py}}; changes are of direct ternary."""
-    # below the default size the higher rate is better
-    tries = {**TRIES, PLAIN: TRIES[PLAIN][::-1]} if size in ('tiny', 'small') else TRIES
+    rates = {'half': '.75e-3', 'twice': '3e-3', 'more': '12e-3'}
+    if size == 'tiny':
+        rates = {'half': '1.5e-3', 'twice': '6e-3', 'more': '96e-3'}
+    tries = {side: [text.format(**rates) for text in texts] for side, texts in TRIES.items()}
+    if size in ('tiny', 'small'):       # below the default size the higher rate is better
+        tries[PLAIN].reverse()
     hard = {side: f'{HOW[side]} {tries[side][0]}' for side in SIDES}
     tune = {f'{side} {text}': f'{HOW[side]} {text}' for side in SIDES for text in tries[side]}
-    own = {f'stored in {grid}': f'config/direct4.py stored={grid}/row' for grid in GRIDS}
+    own = {'stored in int3': 'config/direct4.py stored=int3/row code_lr=.04',       # not tuned
+           'stored in int4': 'config/direct4.py', 'stored in int8': 'config/direct8.py'}
     ternary = {f'stored in {grid}, ternary forward': f'config/ternary_int8.py stored={grid}/row'
                for grid in GRIDS}
     # bfloat16 has no codes to count in
