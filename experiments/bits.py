@@ -34,10 +34,12 @@ def jobs(seeds):
             for seed in seeds for code in CODES for m in GATHERED]
 
 
-def bits(result):
-    """Of a code and of its e, read off what was held."""
-    size = result['bytes']['linear']
-    return 8 * size['weights'], 0.0 if 'of none' in result['name'] else 8 * size['optimizer']
+def bits(results, code, m):
+    """Of a code and of its e, with their scales, read off what was held; v does not count."""
+    size = {r['name'].split(' of ')[1]: r['bytes']['linear'] for r in results
+            if r['name'].startswith(f'{code},')}
+    rest = 8 * size['32 bits']['optimizer'] - 32        # v, and the moments of scales
+    return 8 * size[m]['weights'], 0.0 if m == 'none' else 8 * size[m]['optimizer'] - rest
 
 
 def draw(results, path):
@@ -48,10 +50,8 @@ def draw(results, path):
     for i, code in enumerate(CODES):
         points = []
         for m in GATHERED:
-            found = [*losses(results, name := f'{code}, e of {m}').values()]
-            if found:
-                one = next(r for r in results if r['name'] == name)
-                points.append((sum(bits(one)), *interval(found), m))
+            if found := [*losses(results, f'{code}, e of {m}').values()]:
+                points.append((sum(bits(results, code, m)), *interval(found), m))
         for x, y, half, m in points:
             panel.errorbar(x, y, half if half > 0 else None, fmt=marks[m], capsize=2,
                            color=f'C{i}', markersize=6)
@@ -76,9 +76,8 @@ def main(options):
              '| codes | e | bits: code + e | val loss |', '|---|---|---|---|']
     for code in CODES:
         for m in GATHERED:
-            found = [*losses(results, name := f'{code}, e of {m}').values()]
-            if found:
-                code_bits, more = bits(next(r for r in results if r['name'] == name))
+            if found := [*losses(results, f'{code}, e of {m}').values()]:
+                code_bits, more = bits(results, code, m)
                 lines.append(f'| {code} | {m} | {code_bits:.2f} + {more:.2f} | '
                              + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
     report(stem, lines)

@@ -629,6 +629,17 @@ def test_the_pages_say_what_was_measured_of_strategies():
     assert all(cell == said(name) for name, cell in rows)
 
 
+def test_the_page_has_the_table_of_bits():
+    """Loss by seed, as in the results; and bits, of what was held."""
+    results = runs.read(runs.RESULTS / 'bits.jsonl')
+    rows = tables('Where a weight keeps what it has learned')[-1]
+    assert len(rows) == 15 and len(results) == 45
+    for code, e, held, losses in rows:
+        found = [r for r in results if r['name'] == f'{code}, e of {e}']
+        assert held == '{:.2f} + {:.2f}'.format(*bits.bits(results, code, e))
+        assert losses == ', '.join(f"{r['val_loss']:.3f}" for r in found)
+
+
 def test_the_page_says_how_far_runs_part():
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
     found = [r for r in runs.read(runs.RESULTS / 'tries.jsonl') if r['seed'] == 11]
