@@ -7,3 +7,5 @@ n_head = 4
 max_iters = 800
 learning_rate = 3e-3
 embedding_lr = 48e-3
+eval_interval = 800
+final_tokens = 524288

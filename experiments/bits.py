@@ -4,8 +4,8 @@ Where does a weight keep what it has learned? python -m experiments.bits
 Loss against all bits that last from one step to the next, of a weight of the blocks: its code,
 with its share of the scales, and e, which gathers what has not moved it yet (quant.direct_step).
 Either may have few bits. v is a row and a column. Model and text are those of
-experiments.pretraining. Writes results/bits.jsonl, one line a run, .md and .png. 45 runs: less than
-an hour on two cores; finished ones are skipped.
+experiments.pretraining. Writes results/bits.jsonl, one line a run, .md and .png. 45 runs: an hour on
+two cores; finished ones are skipped.
 """
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
                               parser_of, report, run_all)
@@ -29,8 +29,8 @@ CLAIMS = [  # as in experiments.pretraining
 
 
 def jobs(seeds):
-    size = [*SIZES['tiny'], '--eval_interval=800', f'--final_tokens={2 ** 19}']
-    return [Job(f'{code}, e of {m}', [*size, *arguments(f'{CODES[code]} {GATHERED[m]}')], seed)
+    return [Job(f'{code}, e of {m}',
+                [*SIZES['tiny'], *arguments(f'{CODES[code]} {GATHERED[m]}')], seed)
             for seed in seeds for code in CODES for m in GATHERED]
 
 

@@ -156,7 +156,8 @@ def draw(results, path):
 
 def main(options):
     stem, sections = RESULTS / f'direct-{options.size}-{options.dataset}', rows(options.size)
-    size = [*SIZES[options.size], f'--dataset={options.dataset}', f'--final_tokens={2 ** 19}']
+    size = [*SIZES[options.size], f'--dataset={options.dataset}', f'--final_tokens={2 ** 19}',
+            '--eval_interval=200']
     seeds = {'hard': options.seeds or [14, 15, 16, 17, 18], 'tune': [1]}
     usual = options.seeds or [14, 15, 16]
     claimed = {*sections['hard'], *(name for claim in CLAIMS for name in (claim[2], claim[5]))}

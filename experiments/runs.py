@@ -268,9 +268,6 @@ def results_of(path, jobs):
 # ------------------------------------------------------------------------------------------------
 # comparisons
 
-NEAR = 5        # percent: rows so near to one another have the same spread over seeds
-
-
 def parser_of(doc, seeds=None):
     """Of the options of a program whose runs have seeds: --seeds and --jobs."""
     parser = argparse.ArgumentParser(
@@ -313,6 +310,9 @@ def interval(values):
     return mean, t.ppf(0.975, n - 1) * statistics.stdev(values) / n ** 0.5 if n > 1 else math.nan
 
 
+NEAR = 5        # percent: rows so near to one another have the same spread over seeds
+
+
 def compare(results, a, b):
     """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair. That of
     one pair is as wide as the spread over seeds of all rows that are near b says, if it is near."""
@@ -327,9 +327,9 @@ def compare(results, a, b):
 def spread(results, b):
     """(standard deviation, degrees of freedom) of loss(a) / loss(b) - 1 in percent over seeds: of
     all a that were trained, and not made of b, have several and are near it."""
-    runs = {r['mark'] for r in results if r['name'] == b}
+    own = {r['mark'] for r in results if r['name'] == b}
     every = [differences(results, a, b) for a in {r['name'] for r in results
-                                                  if r['mark'] not in runs}]
+                                                  if r['mark'] not in own}]
     every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < NEAR]
     df = sum(len(x) - 1 for x in every)
     squares = sum((len(x) - 1) * statistics.variance(x) for x in every)

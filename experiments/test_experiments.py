@@ -622,17 +622,27 @@ def test_the_pages_say_what_was_measured_of_strategies():
     rows = {row[0]: row[-1] for row in tables('Strategies', '.')[0]}
     assert rows.pop('`baseline`') == f'{base:.3f} nats' and len(rows) == 17
     for first, cell in rows.items():
-        names = re.findall(r'`(?:baseline --optimizer=)?(\w+)`', first)
+        names = re.findall(r'`(?:baseline --optimizer=)?(\w+)(?: --init_gain=0)?`', first)
         assert cell == ('see below' if 'gptq' in names else ', '.join(map(said, names))), names
-    rows = [row for table in tables('Quantized pre-training')[1:] for row in table]
+    told, *rest = tables('Quantized pre-training')
+    rows = [row for table in rest for row in table]
     assert {name for name, *_ in rows} == {r['name'] for r in results} - {pretraining.BASE}
     assert all(cell == said(name) for name, cell in rows)
+    results += [{**r, **r['rounded'], 'name': pretraining.ROUNDED} for r in results
+                if 'rounded' in r]
+    families = [[claim for claim in pretraining.CLAIMS if claim[0] == of]
+                for of in dict.fromkeys(claim[0] for claim in pretraining.CLAIMS)]
+    lines = [line.split(' | ') for some in families for line in runs.claim_lines(results, some)[2:]]
+    assert [row[1:] for row in told] == [[c[1], c[3], c[4].removesuffix(' |')] for c in lines]
 
 
 def test_the_page_has_the_table_of_bits():
-    """Loss by seed, as in the results; and bits, of what was held."""
+    """Verdicts, and loss by seed, as in the results; and bits, of what was held."""
+    pytest.importorskip('scipy')
     results = runs.read(runs.RESULTS / 'bits.jsonl')
-    rows = tables('Where a weight keeps what it has learned')[-1]
+    claims, rows = tables('Where a weight keeps what it has learned')
+    assert ['| ' + ' | '.join(row) + ' |' for row in claims] == \
+        runs.claim_lines(results, bits.CLAIMS)[2:]
     assert len(rows) == 15 and len(results) == 45
     for code, e, held, losses in rows:
         found = [r for r in results if r['name'] == f'{code}, e of {e}']
