@@ -7,8 +7,9 @@ Direct quantized training (paper 2, 2412.04787) against BitNet and full precisio
     python -m experiments.direct --sections hard --size=large --seeds 14     and at 41M
 
 Every side has rates of its own, found by tries on seeds 1 to 4 only (section `tune`); what is
-reported are other seeds. No token is read twice. Besides the hard goal: codes of other grids,
-states in few bits, controls, the ingredients of the direct update, and ideas that are not in it.
+reported are other seeds. No token is read twice. Besides the hard goal: other sides, codes of
+other grids, states in few bits, controls, the ingredients of the direct update, and ideas that are
+not in it.
 Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are
 skipped), .md and .png.
 """
@@ -18,14 +19,14 @@ import statistics
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
                               parser_of, report, results_of, run_all, table)
 
-ADAMW, PLAIN, MUON, BITNET, ROWS, TERNARY, INT8 = SIDES = (
-    'AdamW', 'AdamW without momentum', 'Muon', 'BitNet', 'BitNet, a scale a row',
-    'direct ternary', 'int8 codes, ternary forward')
+ADAMW, PLAIN, ROWS, TERNARY, MUON, BITNET, INT8, BF16 = SIDES = (
+    'AdamW', 'AdamW without momentum', 'BitNet, a scale a row', 'direct ternary', 'Muon', 'BitNet',
+    'int8 codes, ternary forward', 'bfloat16 without momentum')
 HOW = dict(zip(SIDES, (
     'config/baseline.py', 'config/baseline.py beta1=0.',
-    'config/baseline.py optimizer=muon init_gain=0.', 'config/bitnet.py',
     'config/bitnet.py weights=ternary/row/absmean', 'config/ternary.py',
-    'config/ternary_int8.py')))
+    'config/baseline.py optimizer=muon init_gain=0.', 'config/bitnet.py', 'config/ternary_int8.py',
+    'config/baseline.py stored=bf16/stochastic weight_decay=0 beta1=0. adam_v=rank1')))
 # {side: its tries, with seed 1}: the first of them is what a side takes. Half and twice are of the
 # rate of the size. Still to be made are those of BitNet, of int8 codes, and all but the second of
 # Muon, and at the tiny size all
@@ -37,7 +38,8 @@ TRIES = {
     ROWS: ('', 'learning_rate={half}', 'learning_rate={twice}', 'embedding_lr={more}', 'beta1=0.',
            'learning_rate={half} beta1=0.'),
     TERNARY: ('', 'code_lr=.044', 'code_lr=.088', 'code_lr=.044 idea=root'),
-    INT8: ('', 'code_lr=.006', 'code_lr=.024')}
+    INT8: ('', 'code_lr=.006', 'code_lr=.024'),
+    BF16: ('learning_rate={half}', '')}
 # how codes are stored: on their own, and under a ternary forward
 GRIDS = 'int3', 'int4', 'int8'
 
@@ -50,14 +52,13 @@ def rows(size='tiny'):
     tries = {side: [text.format(**rates) for text in texts] for side, texts in TRIES.items()}
     if size in ('tiny', 'small'):       # below the default size the higher rate is better
         tries[PLAIN].reverse()
-    hard = {side: f'{HOW[side]} {tries[side][0]}' for side in SIDES}
+        tries[BF16].reverse()
+    sides = {side: f'{HOW[side]} {tries[side][0]}' for side in SIDES}
     tune = {f'{side} {text}': f'{HOW[side]} {text}' for side in SIDES for text in tries[side]}
     own = {'stored in int3': 'config/direct4.py stored=int3/row code_lr=.04',       # not tuned
            'stored in int4': 'config/direct4.py', 'stored in int8': 'config/direct8.py'}
     ternary = {f'stored in {grid}, ternary forward': f'config/ternary_int8.py stored={grid}/row'
                for grid in GRIDS}
-    # bfloat16 has no codes to count in
-    bfloat16 = 'stored=bf16/stochastic weight_decay=0 adam_v=rank1'
     changes = {
         'controls': {
             'frozen random ternary': 'code_lr=1e-9 scale_lr=0',
@@ -78,11 +79,12 @@ def rows(size='tiny'):
             'scale gain .35': 'init_gain=.35', 'scale gain 1.4': 'init_gain=1.4',
             'one scale per tensor': 'stored=ternary/tensor/absmean'},
         'ideas': {name: f'idea={name}' for name in ('sign', 'root', 'attention')}}
-    sections = {section: {name: f'{hard[TERNARY]} {change}' for name, change in found.items()}
+    sections = {section: {name: f'{sides[TERNARY]} {change}' for name, change in found.items()}
                 for section, found in changes.items()}
     sections['controls']['as published'] = 'config/dqt_paper.py'
-    hard['bfloat16 without momentum'] = f'{hard[PLAIN]} {bfloat16}'
-    return {'hard': hard, 'stored': own, 'ternary forward': ternary, **sections, 'tune': tune}
+    hard, others = ({side: sides[side] for side in some} for some in (SIDES[:4], SIDES[4:]))
+    return {'hard': hard, 'others': others, 'stored': own, 'ternary forward': ternary, **sections,
+            'tune': tune}
 
 
 CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
@@ -124,7 +126,7 @@ def draw(results, path):
                 mean, half = interval(values)
                 yield size['weights'] + size['optimizer'], mean, half if len(values) > 2 else 0
 
-    for name in rows()['hard']:
+    for name in SIDES:
         for x, y, half in points([name]):
             left.errorbar(x, y, half, fmt='o', capsize=2, color=METHODS[name], label=name)
     for section, mark in ('stored', 's-'), ('ternary forward', 'D-'):
@@ -175,7 +177,7 @@ def main(options):
              *claim_lines(results + inferred, CLAIMS)]
     for section, names in {**sections, 'as ternary': [r['name'] for r in inferred]}.items():
         if names := [name for name in dict.fromkeys(names) if losses(results + inferred, name)]:
-            reference = ROWS if section in ('hard', 'tune') else TERNARY
+            reference = ROWS if section in ('hard', 'others', 'tune') else TERNARY
             lines += ['', f'**{section}**, differences from {reference}', '',
                       *table(results + inferred, reference, names)]
     report(stem, lines)
