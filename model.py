@@ -6,7 +6,7 @@ A GPT in two flavours, chosen by `config.flavour`:
             arXiv 2302.13971)
 
 Keys and values may have fewer heads than queries (`n_kv_head`: grouped-query attention, Ainslie et
-al., arXiv 2305.13245), and the head is tied to the embedding or not (`tied`). All that this file
+al., arXiv 2305.13245), and the head is tied to the embedding or not (`tied`). All that a block
 knows of quantization is `Linear`, whose `how` says what it quantizes, and the cache of keys and
 values. `config` has the attributes of train.Config that are named here.
 """

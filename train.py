@@ -82,7 +82,7 @@ class Config:
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
     max_iters: int = 2400        # resumed with more, a run follows the schedule of the new length
-    weight_decay: float = 0.1    # of matrices
+    weight_decay: float = 0.1    # of matrices of floats
     beta1: float = 0.9           # 0: no momentum, and AdamW holds no m
     beta2: float = 0.999         # small batches want a long memory
     eps: float = 1e-8
@@ -102,7 +102,7 @@ class Config:
     dataset: str = 'python'      # folder in data/, or with a / in it a path
     batch_size: int = 8          # sequences of block_size tokens, a process and a micro-step
     grad_accum: int = 1          # micro-steps a step
-    sequences: int = 0           # calibrate or train on so many windows alone; 0: all there are
+    sequences: int = 0           # calibrate or train on this many windows alone; 0: all
 
     # the run
     out_dir: str = ''            # '': out/ and the names of config files and checkpoint
@@ -117,9 +117,9 @@ class Config:
     log_interval: int = 10
     prompt: str = '\nclass'      # the sample continues it
     sample_tokens: int = 256
-    samples: int = 1             # so many, from seed, seed + 1, ..
+    samples: int = 1             # how many, from seed, seed + 1, ..
     temperature: float = 0.8     # 0: always the likeliest token
-    top_k: int = 200             # of so many tokens; 0: of all
+    top_k: int = 200             # of this many tokens; 0: of all
     device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several
     dtype: str = 'auto'          # of activations: bfloat16 where it is fast, or float32
     compile: str = 'auto'        # torch.compile: yes or no; auto: where it works and pays

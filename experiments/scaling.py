@@ -47,16 +47,17 @@ HELD, BAR = 208, 20      # held out; percent, what the median error of delta the
 # seeds on which no rate was tuned: the first everywhere, others for some precisions and megabytes
 SEEDS = {48: (11, 12, 13), 64: (11, 12, 13), 96: (11, 12), 144: (11,), 208: (11,)}
 SEEDED, SEEDED_MB = ('', 'w2', 'direct ternary'), (1, 2)
-# by what stores the weights; of floats it goes as 1 / d. Not tuned for these sizes yet
-RATES = {'floats': 'learning_rate=8e-3 base_width=48 embedding_lr=24e-3',
-         'ternary': 'embedding_lr=24e-3', '4-bit': 'embedding_lr=24e-3'}
+# of floats it goes as 1 / d, and code_lr is that of the config: at widths of 48 and of 208, halves
+# and doubles of these are no better (seed 2, 2 MB: results/tries.jsonl)
+RATES = {'floats': 'learning_rate=8e-3 base_width=48 embedding_lr=96e-3',
+         'codes': 'embedding_lr=96e-3'}
 # name: kind of tensor, bits, rates and keys for train.py; all cost much more than the noise
 PRECISIONS = {'w2': ('weights', 2, 'floats', 'weights=int2/row'),
               'token3': ('activations', 3, 'floats', 'activations=int3/row'),
               'token4': ('activations', 4, 'floats', 'activations=int4/row'),
               'kv2': ('cache', 2, 'floats', 'kv_cache=int2/row'),
-              'direct ternary': ('direct', 2, 'ternary', 'config/ternary.py'),
-              'direct 4-bit': ('direct', 4, '4-bit', 'config/direct4.py')}
+              'direct ternary': ('direct', 2, 'codes', 'config/ternary.py'),
+              'direct 4-bit': ('direct', 4, 'codes', 'config/direct4.py')}
 AFTER = {f'{how} {bits}': (how, bits) for how in ('rtn', 'gptq') for bits in (2, 3, 4)}
 KIND, BITS = ({name: row[i] for name, row in (PRECISIONS | AFTER).items()} for i in (0, 1))
 
