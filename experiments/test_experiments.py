@@ -502,7 +502,8 @@ def test_the_scaling_experiment_finds_the_laws_again(form, tmp_path, monkeypatch
         low, high = found['interval'][name]
         assert low <= found['said'][name] <= high and 0.5 * low <= value <= 2 * high, name
     n, errors = found['score']['all']
-    assert n > 40 and errors[form] < 10 and errors[form] < errors['copy']
+    assert n > 10 * len(scaling.SIZES[scaling.HELD])    # of 12 precisions, nearly all are clear
+    assert errors[form] < 10 and errors[form] < errors['copy']
     assert (errors['A'] > 20) == (form == 'B')
     said = (tmp_path / 'scaling.md').read_text(encoding='utf-8')
     assert ('kv2: slope of log delta in log N | **FAIL**' in said) == (form == 'B')
