@@ -689,7 +689,7 @@ def inductor(options, on_gpu=True):
 #     direct_step    e <- e + lr Qp g / sqrt(vhat)        of codes q, w = s q, with e in place of m
 #                    q <- clip(q - trunc(e), Qn, Qp)      e keeps the rest
 #
-# Where Q rounds to a few bits by chance, or codes move, no float copy of w is left: direct
+# Where Q rounds stochastically to a few bits, or codes move, no float copy of w is left: direct
 # training (paper 2).
 
 # the numbers of a step, 0-d tensors, so that new ones need no compiling. decay is lr weight_decay,
@@ -738,7 +738,7 @@ def direct_step(w, g, e, v, s_moments, h, h_s, key):
     1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight, as BitNet has, in few bits.
     It ends a level beyond the grid, and its code moves back only after a whole level. s learns:
     Adam steps log s, with s_moments as m and v, so that a step multiplies s.
-    Paper 2 keeps no e and rounds w by chance. Float sums that move a weight at a threshold are
+    Paper 2 keeps no e and rounds w stochastically. Float sums that move a weight at a threshold are
     known for Boolean weights (BOLD, 2405.16339; of an average: Bop, 1906.02107) and in evolution
     strategies (2602.03120). In few bits, with Adam's v, on all grids of integers: ours."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec

@@ -562,7 +562,7 @@ def test_a_code_moves_when_its_gradients_add_up_to_a_level(stored, lr):
 
 def test_noise_moves_a_code_once_in_1_over_lr_squared_steps():
     """The time in which sums of noise reach a level, (1 + .583 lr)^2 / lr^2; what is steady, 1 /
-    (lr mean r), also where a step adds an eighth of a code to e, since that is by chance."""
+    (lr mean r), also where a step adds an eighth of a code to e, since that is stochastic."""
     rates = {}
     for mean, lr in ((0, 0.2), (0, 0.1), (0.5, 0.02)):
         _, optimizer, step = pair('int8/row', code_lr=lr / 127, adam_m='int4/row/stochastic' if

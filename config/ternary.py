@@ -1,6 +1,7 @@
 # direct ternary training (paper 2, 2412.04787, but a code moves once its gradients have added up
 # to a level, and scales learn): packed ternary codes are the only weights there are. adam_m has
-# those sums; a step adds up to ten of its 127 levels, and less than one at the end, by chance
+# those sums; a step adds up to ten of its 127 levels, and less than one at the end, so it
+# rounds stochastically
 stored = 'ternary/row/absmean'
 activations = 'int8/row'
 adam_m = 'int8/row/stochastic'

@@ -273,7 +273,7 @@ def flops_time(args, vocab, blocks, rest):
 
 
 def stochastic_rounding():
-    """Round 2^22 float32 numbers to int8 codes, up or down by chance: the noise from quant.uniform
+    """Round 2^22 float32 numbers to int8 codes, stochastically: the noise from quant.uniform
     or from torch.rand_like; both compiled."""
     x = torch.randn(2 ** 11, 2 ** 11, device=DEVICE) * 30
     key = torch.ones((), dtype=torch.int32, device=DEVICE)

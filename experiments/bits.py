@@ -4,8 +4,8 @@ Where does a weight keep what it has learned? python -m experiments.bits
 Loss against all bits that last from one step to the next, of a weight of the blocks: its code,
 with its share of the scales, and e, which gathers what has not moved it yet (quant.direct_step).
 Either may have few bits. v is a row and a column. Model and text are those of
-experiments.pretraining. Writes results/bits.jsonl, one line a run, .md and .png. 45 runs: an hour on
-two cores; finished ones are skipped.
+experiments.pretraining. Writes results/bits.jsonl, one line a run, .md and .png. 45 runs: an hour
+on two cores; finished ones are skipped.
 """
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
                               parser_of, report, run_all)
@@ -13,7 +13,7 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, inter
 # how codes are stored. The rates of these configs were the best of tries on seed 2 with an e, and
 # without one (of ternary codes they hardly matter there)
 CODES = {'ternary': 'config/ternary.py', 'int4': 'config/direct4.py', 'int8': 'config/direct8.py'}
-# how e is stored, rounded by chance; none: a step is rounded to whole levels
+# how e is stored, rounded stochastically; none: a step is rounded to whole levels
 GATHERED = {'none': 'idea=nothing', '2 bits': 'adam_m=int2/row/stochastic',
             '4 bits': 'adam_m=int4/row/stochastic', '8 bits': 'adam_m=int8/row/stochastic',
             '32 bits': 'adam_m='}

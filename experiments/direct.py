@@ -20,7 +20,7 @@ from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, inter
                               parser_of, report, results_of, run_all, table)
 
 ADAMW, PLAIN, ROWS, TERNARY, MUON, BITNET, INT8, BF16 = SIDES = (
-    'AdamW', 'AdamW without momentum', 'BitNet, a scale a row', 'direct ternary', 'Muon', 'BitNet',
+    'AdamW', 'AdamW without momentum', 'BitNet, per-row scales', 'direct ternary', 'Muon', 'BitNet',
     'int8 codes, ternary forward', 'bfloat16 without momentum')
 HOW = dict(zip(SIDES, (
     'config/baseline.py', 'config/baseline.py beta1=0.',
@@ -62,7 +62,7 @@ def rows(size='tiny'):
     changes = {
         'controls': {
             'frozen random ternary': 'code_lr=1e-9 scale_lr=0',
-            'rounding by chance instead': 'idea=nothing'},
+            'stochastic rounding instead': 'idea=nothing'},
         'states': {
             'e and v float32': 'adam_m= adam_v=', 'v 8-bit': 'adam_v=uint8/64/root4',
             'e 8-bit to nearest': 'adam_m=int8/row', 'e 4-bit': 'adam_m=int4/row/stochastic'},
@@ -89,7 +89,7 @@ def rows(size='tiny'):
 
 CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('ours', 'direct ternary is no worse than BitNet', TERNARY, '<=', 0, BITNET),
-    ('ours', 'nor than BitNet with a scale a row', TERNARY, '<=', 0, ROWS),
+    ('ours', 'nor than BitNet with per-row scales', TERNARY, '<=', 0, ROWS),
     ('ours', 'nor than AdamW in full precision', TERNARY, '<=', 0, ADAMW),
     ('ours', 'nor than that without momentum', TERNARY, '<=', 0, PLAIN),
     ('2', 'ternary converges', TERNARY, '<=', -5, 'frozen random ternary'),
@@ -102,13 +102,13 @@ CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
     ('ours', 'multiplying codes changes nothing', TERNARY, '<=', 0.5, 'codes not multiplied'),
     ('ours', 'code units beat weight space', TERNARY, '<=', 0, 'steps in weight space'),
     ('ours', 'what has not moved a code yet is worth keeping', TERNARY, '<=', 0,
-     'rounding by chance instead'),
+     'stochastic rounding instead'),
     ('ours', 'a whole level, not half of one', TERNARY, '<=', 0, 'a code moves at half a level'),
     ('ours', 'learned scales help', TERNARY, '<=', 0, 'fixed scales'),
     ('ours', '4-bit e is free', 'e 4-bit', '<=', 1, TERNARY),
-    ('ours', 'e is to be rounded by chance', TERNARY, '<=', 0, 'e 8-bit to nearest'),
+    ('ours', 'e is to be rounded stochastically', TERNARY, '<=', 0, 'e 8-bit to nearest'),
     ('ours', 'int8 codes under a ternary forward are no worse than BitNet', INT8,
-     '<=', 0, BITNET), ('ours', 'nor than BitNet with a scale a row', INT8, '<=', 0, ROWS)]
+     '<=', 0, BITNET), ('ours', 'nor than BitNet with per-row scales', INT8, '<=', 0, ROWS)]
 
 
 def draw(results, path):
@@ -156,18 +156,21 @@ def draw(results, path):
     figure.savefig(path)
 
 
-def main(options):
-    stem, sections = RESULTS / f'direct-{options.size}-{options.dataset}', rows(options.size)
-    size = [*SIZES[options.size], f'--dataset={options.dataset}', f'--final_tokens={2 ** 19}',
+def jobs_of(size, dataset, seeds=None):
+    """{section: [Job]}. A row that no claim is about has the first seed alone."""
+    sections, of = rows(size), {'hard': seeds or [14, 15, 16, 17, 18], 'tune': [1]}
+    base = [*SIZES[size], f'--dataset={dataset}', f'--final_tokens={2 ** 19}',
             '--eval_interval=200']
-    seeds = {'hard': options.seeds or [14, 15, 16, 17, 18], 'tune': [1]}
-    usual = options.seeds or [14, 15, 16]
     claimed = {*sections['hard'], *(name for claim in CLAIMS for name in (claim[2], claim[5]))}
-    # a row that no claim is about has the first seed alone
-    jobs = {section: [Job(name, [*size, *arguments(text)], seed)
-                      for i, seed in enumerate(seeds.get(section, usual))
+    return {section: [Job(name, [*base, *arguments(text)], seed)
+                      for i, seed in enumerate(of.get(section, seeds or [14, 15, 16]))
                       for name, text in found.items() if i == 0 or name in claimed]
             for section, found in sections.items()}
+
+
+def main(options):
+    stem, sections = RESULTS / f'direct-{options.size}-{options.dataset}', rows(options.size)
+    jobs = jobs_of(options.size, options.dataset, options.seeds)
     path = stem.with_suffix('.jsonl')
     run_all(path, [job for section in options.sections for job in jobs[section]], options.jobs)
     results = results_of(path, [job for section in jobs.values() for job in section])

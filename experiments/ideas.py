@@ -2,7 +2,7 @@
 Ideas for the direct update that quant.py does not have: each a few lines, put in its place for one
 run by the argument --idea=NAME of an experiment; experiments/direct.py does so.
 
-    nothing    e is not kept: a step is rounded by chance to whole levels (2412.04787)
+    nothing    e is not kept: a step is rounded stochastically to whole levels (2412.04787)
     half       a code moves at half a level, like a latent weight that is rounded (BitNet): it is
                then as near to its old place as to its new one
     emptied    e becomes zero where a code at its end cannot move

@@ -584,8 +584,9 @@ def test_the_page_says_what_was_measured_of_direct_training():
     pytest.importorskip('scipy')
     page, readme = (' '.join((ROOT / folder / 'README.md').read_text(encoding='utf-8').split())
                     for folder in ('experiments', '.'))
-    found = {corpus: runs.read(runs.RESULTS / f'direct-default-{corpus}.jsonl')
-             for corpus in ('python', 'sympy')}
+    found = {corpus: runs.results_of(
+        runs.RESULTS / f'direct-default-{corpus}.jsonl',
+        sum(direct.jobs_of('default', corpus).values(), [])) for corpus in ('python', 'sympy')}
     for name in direct.TERNARY, direct.PLAIN, direct.ADAMW, direct.ROWS:
         cells = [sorted(runs.losses(results, name).items()) for results in found.values()]
         cells = [', '.join(f'{loss:.3f}' for _, loss in cell) for cell in cells]
