@@ -81,8 +81,8 @@ class Spec:
     map: str = 'linear'         # a key of MAPS: what a code stands for
     sign: str = 'symmetric'     # asymmetric: x^ = (q + z) s, so that codes span [min, max]
     rotation: str = ''          # hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
-    format: str = ''            # nvfp4: e4m3 scales under one of float32; mxfp4 and mxfp8: powers
-                                # of two, rounded down (clips up to a quarter), and up
+    format: str = ''            # nvfp4: e4m3 scales under one of float32; mxfp4: powers of two,
+                                # rounded down, which clips up to a quarter; mxfp8: rounded up
 
     @property
     def top(self):      # level of the highest code
@@ -788,10 +788,10 @@ def put(old, new):
 
 
 class Optimizer:
-    """Steps every parameter: by direct_step codes and scales of a Linear if code_lr > 0, by
-    muon_step its float weight if optimizer = 'muon', by adamw_step all else. Specs are for weights
-    of Linears alone. The model is asked for its weights at every step. With `shard`, a process has
-    the states of its share alone, and steps that: ZeRO-1, 1910.02054."""
+    """Steps every parameter: the codes and scales of a Linear by direct_step if code_lr > 0, its
+    float weight by muon_step if optimizer = 'muon', and all else by adamw_step. Specs are for the
+    weights of Linears alone. The model is asked for its weights at every step. With `shard`, a
+    process holds and steps its share of the states alone: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t, self.moved = model, config, 0, {}

@@ -55,11 +55,13 @@ class Plan(NamedTuple):
 TUNED = 'QAFT', 'QAFT from GPTQ', 'QAFT with a teacher'
 DRAWN = 'RTN', 'GPTQ', *TUNED, 'random'
 RATES = '3e-5', '1e-4', '3e-4', '1e-3'
-PLANS = {   # a model that is trained here reads 4.1M tokens, each once; a step has 2,048
-    'small': Plan('config/small.py max_iters=2000', 1024, 8, (64, 'row'), (4, 3, 2), RATES,
+# a model that is trained here reads 4.1M tokens, each once, 2,048 a step, at the rates that are best
+# for its size (experiments.direct): without momentum
+PLANS = {
+    'small': Plan('config/small.py beta1=0. max_iters=2000', 1024, 8, (64, 'row'), (4, 3, 2), RATES,
                   (1, 2, 4), TUNED, 1, 9, 2 ** 16, 0.17),
-    'default': Plan('config/baseline.py max_iters=2000', 1024, 8, (64,), (4, 3, 2), RATES[1:3],
-                    (4,), TUNED[:1], 1, 9, 2 ** 16, 0.55),
+    'default': Plan('config/baseline.py beta1=0. learning_rate=.75e-3 max_iters=2000', 1024, 8,
+                    (64,), (4, 3, 2), RATES[1:3], (4,), TUNED[:1], 1, 9, 2 ** 16, 0.55),
     # a step at a rate of zero makes it a run like any other; one seed chooses, and reports
     'smollm2': Plan('out/pretrained/ckpt.pt block_size=512 batch_size=4 learning_rate=0. '
                     'embedding_lr=0. max_iters=1 warmup_iters=0', 128, 4, (64,), (3, 2),
