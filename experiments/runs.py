@@ -20,8 +20,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import date
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -198,10 +199,11 @@ def probed():
 
 
 def start_worker(threads, free=None):
-    """Of a process that will train: its threads, cores and memory, and the noise of stochastic
-    rounding compiled, which is the same to the bit, but eager takes half the time of runs that
-    quantize g."""
+    """Of a process that will train, and ends with the program that started it: its threads, cores
+    and memory, and the noise of stochastic rounding compiled, which is the same to the bit, but
+    eager takes half the time of runs that quantize g."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # between runs it ends without a word
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
     if free and hasattr(os, 'sched_setaffinity'):
         ours = sorted(os.sched_getaffinity(0))

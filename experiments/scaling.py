@@ -47,17 +47,21 @@ HELD, BAR = 208, 20      # held out; percent, what the median error of delta the
 # seeds on which no rate was tuned: the first everywhere, others for some precisions and megabytes
 SEEDS = {48: (11, 12, 13), 64: (11, 12, 13), 96: (11, 12), 144: (11,), 208: (11,)}
 SEEDED, SEEDED_MB = ('', 'w2', 'direct ternary'), (1, 2)
-# of floats it goes as 1 / d, and code_lr is that of the config: at widths of 48 and of 208, halves
-# and doubles of these are no better (seed 2, 2 MB: results/tries.jsonl)
-RATES = {'floats': 'learning_rate=8e-3 base_width=48 embedding_lr=96e-3',
-         'codes': 'embedding_lr=96e-3'}
-# name: kind of tensor, bits, rates and keys for train.py; all cost much more than the noise
-PRECISIONS = {'w2': ('weights', 2, 'floats', 'weights=int2/row'),
-              'token3': ('activations', 3, 'floats', 'activations=int3/row'),
-              'token4': ('activations', 4, 'floats', 'activations=int4/row'),
-              'kv2': ('cache', 2, 'floats', 'kv_cache=int2/row'),
-              'direct ternary': ('direct', 2, 'codes', 'config/ternary.py'),
-              'direct 4-bit': ('direct', 4, 'codes', 'config/direct4.py')}
+# of full precision and of what has few bits. code_lr is that of the config, and learning_rate goes
+# as 1 / d: at widths of 48 and 208, seed 2, halves and doubles of these are no better
+# (results/tries.jsonl). At the rates of full precision, 3-bit activations and a 2-bit cache get
+# worse with more text
+FULL = 'learning_rate=8e-3 base_width=48 embedding_lr=96e-3'
+RATES = {'': FULL, 'weights': FULL, 'direct': 'embedding_lr=96e-3',
+         'activations': 'learning_rate=4e-3 base_width=48 embedding_lr=24e-3',
+         'cache': 'learning_rate=2e-3 base_width=48 embedding_lr=24e-3'}
+# name: kind of tensor, bits and keys for train.py; all cost much more than the noise
+PRECISIONS = {'w2': ('weights', 2, 'weights=int2/row'),
+              'token3': ('activations', 3, 'activations=int3/row'),
+              'token4': ('activations', 4, 'activations=int4/row'),
+              'kv2': ('cache', 2, 'kv_cache=int2/row'),
+              'direct ternary': ('direct', 2, 'config/ternary.py'),
+              'direct 4-bit': ('direct', 4, 'config/direct4.py')}
 AFTER = {f'{how} {bits}': (how, bits) for how in ('rtn', 'gptq') for bits in (2, 3, 4)}
 KIND, BITS = ({name: row[i] for name, row in (PRECISIONS | AFTER).items()} for i in (0, 1))
 
@@ -194,11 +198,11 @@ def rows(held):
             f'warmup_iters={steps // 10} dataset=sympy-bytes eval_interval=100000 ' \
             'final_tokens=131072'
         for of in ('', *PRECISIONS):
-            _, _, rates, text = PRECISIONS.get(of, ('', 0, 'floats', ''))
+            kind, _, text = PRECISIONS.get(of, ('', 0, ''))
             point = {'name': f'd={d} {MB} MB {of}'.strip(), 'of': of, 'D': MB * 2 ** 20,
                      'N': 4 * (4 * d * d + 3 * d * hidden)}
             often = of in SEEDED and MB in SEEDED_MB
-            found += [(Job(point['name'], arguments(f'{text} {RATES[rates]} {shape}'), seed),
+            found += [(Job(point['name'], arguments(f'{text} {RATES[kind]} {shape}'), seed),
                        {**point, 'seed': seed}) for seed in SEEDS[d][:None if often else 1]]
     return found
 
