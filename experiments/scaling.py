@@ -47,14 +47,6 @@ HELD, BAR = 208, 20      # held out; percent, what the median error of delta the
 # seeds on which no rate was tuned: the first everywhere, others for some precisions and megabytes
 SEEDS = {48: (11, 12, 13), 64: (11, 12, 13), 96: (11, 12), 144: (11,), 208: (11,)}
 SEEDED, SEEDED_MB = ('', 'w2', 'direct ternary'), (1, 2)
-# of full precision and of what has few bits. code_lr is that of the config, and learning_rate goes
-# as 1 / d: at widths of 48 and 208, seed 2, halves and doubles of these are no better
-# (results/tries.jsonl). At the rates of full precision, 3-bit activations and a 2-bit cache get
-# worse with more text
-FULL = 'learning_rate=8e-3 base_width=48 embedding_lr=96e-3'
-RATES = {'': FULL, 'weights': FULL, 'direct': 'embedding_lr=96e-3',
-         'activations': 'learning_rate=4e-3 base_width=48 embedding_lr=24e-3',
-         'cache': 'learning_rate=2e-3 base_width=48 embedding_lr=24e-3'}
 # name: kind of tensor, bits and keys for train.py; all cost much more than the noise
 PRECISIONS = {'w2': ('weights', 2, 'weights=int2/row'),
               'token3': ('activations', 3, 'activations=int3/row'),
@@ -188,6 +180,19 @@ def bootstrap(full, points, noise, draws=200):
 # ------------------------------------------------------------------------------------------------
 # runs
 
+def rates_of(kind, MB):
+    """Keys for train.py. At widths of 48 and 208 and 2 MB, halves and doubles of these rates are no
+    better (seed 2, results/tries.jsonl); code_lr is that of the config, and learning_rate goes as
+    1 / d. Activations and a cache of few bits get worse with more text unless their rates fall."""
+    lr, embedding_lr = 8e-3, 96e-3
+    if kind in ('activations', 'cache'):
+        lr, embedding_lr = lr * min(1, 2 / MB), embedding_lr / MB
+    if kind == 'cache':
+        lr /= 2
+    floats = f'learning_rate={lr:g} base_width=48 ' if kind != 'direct' else ''
+    return f'{floats}embedding_lr={embedding_lr:g}'
+
+
 def rows(held):
     """[(Job, point without its loss)] of the sizes to fit, or of the held-out one; full precision
     is of ''. A step reads 4,096 bytes."""
@@ -202,7 +207,7 @@ def rows(held):
             point = {'name': f'd={d} {MB} MB {of}'.strip(), 'of': of, 'D': MB * 2 ** 20,
                      'N': 4 * (4 * d * d + 3 * d * hidden)}
             often = of in SEEDED and MB in SEEDED_MB
-            found += [(Job(point['name'], arguments(f'{text} {RATES[kind]} {shape}'), seed),
+            found += [(Job(point['name'], arguments(f'{text} {rates_of(kind, MB)} {shape}'), seed),
                        {**point, 'seed': seed}) for seed in SEEDS[d][:None if often else 1]]
     return found
 
