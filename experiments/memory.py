@@ -1,9 +1,9 @@
 """
 Loss against the memory of training, at equal tokens: python -m experiments.memory
 
-For 2, 4 and 8 MB of weights, optimizer states and the largest gradient (each is used at
-once: update_in_backward), the widest model of each recipe, trained on the same tokens, none twice.
-Writes results/memory.jsonl, one line a run, .md and .png. 32 runs: about two hours on
+For 2, 4 and 8 MB of weights, optimizer states and the largest gradient (each is used at once:
+update_in_backward), the widest model of each recipe, trained on the same tokens, none twice.
+Writes results/memory.jsonl, one line a run, .md and .png. 34 runs: about two hours on
 two cores; finished ones are skipped.
 """
 import statistics

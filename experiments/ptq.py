@@ -55,8 +55,8 @@ class Plan(NamedTuple):
 TUNED = 'QAFT', 'QAFT from GPTQ', 'QAFT with a teacher'
 DRAWN = 'RTN', 'GPTQ', *TUNED, 'random'
 RATES = '3e-5', '1e-4', '3e-4', '1e-3'
-# a model that is trained here reads 4.1M tokens, each once, 2,048 a step, at the rates that are best
-# for its size (experiments.direct): without momentum
+# a model that is trained here reads 4.1M tokens, each once, 2,048 a step, without momentum and
+# at the best of the rates that were tried for its size (results/tries.jsonl)
 PLANS = {
     'small': Plan('config/small.py beta1=0. max_iters=2000', 1024, 8, (64, 'row'), (4, 3, 2), RATES,
                   (1, 2, 4), TUNED, 1, 9, 2 ** 16, 0.17),

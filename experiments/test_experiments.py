@@ -215,7 +215,10 @@ if __name__ == '__main__':
                                stderr=subprocess.PIPE, start_new_session=True)
     while process.poll() is None and not out.exists():
         time.sleep(0.1)
-    process.kill() if way == 'killed' else os.killpg(process.pid, signal.SIGINT)
+    if way == 'killed':
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=40)[1]       # waits for all that can write there
     assert 'Traceback' not in said
     if way == 'ctrl-c':
