@@ -182,8 +182,8 @@ def bootstrap(full, points, noise, draws=200):
 
 def rates_of(kind, MB):
     """Keys for train.py, near the best of a few tries with seed 2 (results/tries.jsonl): most at 2
-    MB and widths of 48 and 208, so learning_rate goes as 1 / d; code_lr is that of the config. At 8
-    MB and 48, other rates were 1 % better for full precision, w2 and token3. Activations and a cache
+    MB and widths of 48 and 208, so learning_rate goes as 1 / d; code_lr is that of the config. At
+    8 MB and 48, others were 1 % better for full precision, w2 and token3. Activations and a cache
     of few bits get worse with more text unless their rates fall."""
     lr, embedding_lr = 8e-3, 96e-3
     if kind in ('activations', 'cache'):
