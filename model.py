@@ -122,7 +122,7 @@ class Block(nn.Module):
 # the head and its loss, whose logits never exist as a whole
 
 def cross_entropy(x, w, targets, how, key, weight):
-    """Sum over tokens of L = -log softmax(x^ (w^)^T)[target], weight dL/dx and weight dL/dw.
+    """Sum over tokens of L = -log softmax(x^ (w^)^T)[target]; dL/dx and dL/dw, times `weight`.
 
     x (n, in), w (vocab, in), targets (n,). weight None: no gradients. In float32 but for matmuls:
 
@@ -141,8 +141,8 @@ def cross_entropy(x, w, targets, how, key, weight):
 
 class CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x (N, in), w (vocab, in), targets (N,), a chunk of tokens at a time:
-    the logits of one, and their gradients, go before those of the next come. What is kept for
-    the backward is dx and dw, already finished."""
+    the logits of a chunk and their gradients are freed before those of the next are computed. For
+    the backward, only the finished dx and dw are kept."""
 
     @staticmethod
     def forward(ctx, x, w, targets, key, how, chunk, training):
@@ -189,9 +189,9 @@ class GPT(nn.Module):
         hs, rest = divmod(config.n_embd, config.n_head)
         if rest or config.n_head % (config.n_kv_head or config.n_head):
             raise ValueError(f'n_head = {config.n_head} must divide n_embd = {config.n_embd}, and '
-                             f'n_kv_head = {config.n_kv_head} n_head')
+                             f'n_kv_head = {config.n_kv_head} must divide n_head')
         if config.flavour == 'llama' and (config.bias or hs % 2):
-            raise ValueError('flavour llama has no bias and heads of an even size')
+            raise ValueError('flavour llama has no bias and needs an even head size')
         self.config, self.block_size, self.dtype = config, config.block_size, torch.float32
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         gpt2 = config.flavour == 'gpt2'
@@ -213,8 +213,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight       # one parameter, and it stays so
 
     def _init_weights(self):
-        """N(0, .02), of block linears N(0, init_gain^2 / fan_in), which follows the width; without
-        an init_gain .02 for all, into the residual stream by sqrt(2 L) less, as in GPT-2."""
+        """N(0, .02^2); block linears N(0, init_gain^2 / fan_in), which follows the width. If
+        init_gain is 0, all have .02^2, those into the residual stream .02^2 / 2L, as in GPT-2."""
         gain, residual = self.config.init_gain, 0.02 / math.sqrt(2 * len(self.h))
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Embedding):
@@ -262,8 +262,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, n, temperature=0.8, top_k=200, generator=None):
         """Yield n tokens, (B, 1) each, that continue idx (B, T): drawn from softmax(logits /
-        temperature) of the top_k (0: of all). Keys and values are stored by config.kv_cache, which
-        is filled anew from the last half of the text whenever block_size is reached."""
+        temperature) of the top_k (0: of all). Keys and values are stored as config.kv_cache
+        says; at block_size tokens, they begin anew with the last block_size / 2 of them."""
         caches, new = None, None
         for _ in range(n):
             full = caches and len(caches[0]) == self.block_size

@@ -11,7 +11,7 @@ A step of the optimizer reads and writes w itself and its moments m and v. Each 
 can be quantized, and a string says how: 'int8/row', 'ternary/tensor/absmean', 'uint8/256/root4',
 or '' for full precision. Weights are low-bit in two ways: a float32 weight is rounded in every
 forward (`weights`: paper 1 and BitNet), or low-bit codes are the only weight there is (`stored`:
-paper 2), and the optimizer moves the codes themselves. Or in both.
+paper 2), and the optimizer moves the codes themselves. The two combine.
 
     paper 1  Chitsaz et al., Exploring Quantization for Efficient Pre-Training, arXiv 2407.11722
     paper 2  Zhao et al., Direct Quantized Training with Stochastic Rounding, arXiv 2412.04787
@@ -32,8 +32,8 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
-# codes are whole numbers from low = Qn to high = Qp in so many bits, below 8 packed in bytes; of
-# a grid of floats, (mantissa bits, smallest exponent), are the rounded numbers themselves
+# an integer grid has codes from low = Qn to high = Qp, packed in bytes if they have less than 8
+# bits; a grid of floats, (mantissa bits, smallest exponent), has the rounded numbers as its codes
 Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
@@ -130,7 +130,7 @@ def spec(text):
 # noise: a hash instead of a generator
 
 def _mix(h):
-    """A bijection of int32 in which every bit depends on all others (lowbias32 of C. Wellons)."""
+    """A bijection of int32; each bit depends on all bits of h (lowbias32 of C. Wellons)."""
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
     h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
     return h ^ ((h >> 16) & 0xFFFF)
@@ -163,8 +163,8 @@ def uniform(x, key):
 
 class QTensor(NamedTuple):
     """What is stored of a tensor: x^ = (levels(q) + zero) * scale * outer."""
-    codes: torch.Tensor                # int8, fp8, bf16; below 8 bits q - Qn, packed; without a
-                                       # spec x itself
+    codes: torch.Tensor                # int8, uint8, fp8, bf16; below 8 bits from 0 up, packed;
+                                       # of rank1 a mean per row; without a spec x itself
     scale: torch.Tensor | None = None  # one per group: float32, or a byte in nvfp4 and mx
     zero: torch.Tensor | None = None   # asymmetric only, an integer per group
     outer: torch.Tensor | None = None  # nvfp4 only, the scale of the scales
@@ -174,9 +174,9 @@ class QTensor(NamedTuple):
 def quantize(x, how, key=0, scale=None, packed=True):
     """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp (by a map code(x / s), max|x| / level(Qp));
     asymmetric, q = clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s
-    - Qn) (paper 1). x (..., C) is taken to float32; without `how`, a Spec or its string, it is
-    stored as it is. A `scale` that is given is kept; not `packed`, a code is an int8, q - Qn,
-    or, of fp4, a float32. Raises ValueError where blocks or full bytes do not divide C."""
+    - Qn), min <= 0 <= max (paper 1). x (..., C) is taken to float32; without `how`, a Spec or its
+    string, it is stored as it is. A `scale` that is given is kept. Unless `packed`, codes below 8
+    bits are int8, q - Qn, of fp4 float32. Raises ValueError if blocks or bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -200,7 +200,7 @@ def quantize(x, how, key=0, scale=None, packed=True):
 
 
 def dequantize(q, dtype=torch.float32):
-    """x^ = level(codes) * scale, computed in float32, then cast; shape (..., C)."""
+    """x^ = (levels(q) + zero) scale outer, in float32, rotated back, then cast; (..., C)."""
     s = q.spec
     if s is None or s.grid == 'bf16':
         return q.codes.to(dtype)
@@ -224,9 +224,9 @@ def fake_quant(x, how, key=0):
 
 def rotate(x):
     """x H along the last axis, float32: H the orthogonal Hadamard matrix, which spreads outliers,
-    in blocks of the highest power of two n <= 128 that divides the axis. H_ij is -1 to the bits
-    that i and j share, / sqrt(n); (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training,
-    QuEST, 2502.05003). What the matmul gives has x's dtype."""
+    in blocks of the highest power of two n <= 128 that divides the axis. H_ij is (-1)^k / sqrt(n),
+    where i and j share k bits; (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training,
+    QuEST, 2502.05003). The matmul runs in x's dtype."""
     n = math.gcd(x.shape[-1], 128)
     i = torch.arange(n, device=x.device)
     signs = 1 - 2 * (sum((i[:, None] & i) >> bit for bit in range(7)) & 1)          # (n, n)
@@ -246,8 +246,8 @@ def grouped(x, s):
 
 
 def find_scale(x, s, weight=1.0):
-    """(scale, zero, outer) of the groups of x, for mse by errors times `weight`, grouped too. That
-    of zeros is TINY."""
+    """(scale, zero, outer) of the groups of x, for mse by errors times `weight`, grouped too. The
+    scale of zeros is TINY."""
     grid, axis = GRIDS[s.grid], s.axis
     if s.sign == 'asymmetric':
         least = x.amin(axis, keepdim=True).clamp(max=0)             # so that 0 is a code
@@ -265,7 +265,7 @@ def find_scale(x, s, weight=1.0):
         return (size / top / outer).clamp(min=2.0 ** -9).to(torch.float8_e4m3fn), None, outer
     scale = (size / top).clamp(min=TINY)
     if s.format == 'mxfp4':
-        scale = (power_of_two(size) / 4).clamp(min=TINY)            # 4 is a power of two in fp4
+        scale = (power_of_two(size) / 4).clamp(min=TINY)            # fp4's largest power of two
     if s.format == 'mxfp8':
         # up: one that is rounded down clips, which costs more than the finer steps give
         scale = power_of_two(scale) * torch.where(scale > power_of_two(scale), 2, 1)
@@ -346,8 +346,8 @@ def levels(q):
 
 
 def pack(c, s):
-    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8). Their bits are cut in
-    widths of 4, 2, 1, low bits first, 6 = 4 + 2; of a width's n bytes j has codes j, j + n .."""
+    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8). A code is cut into
+    fields of 4, 2, 1 bits, low bits first, 6 = 4 + 2; of n bytes, byte j has fields j, j + n .."""
     if GRIDS[s.grid].bits > 7:
         return c
     fields = []
@@ -376,7 +376,7 @@ def unpack(codes, s):
 
 
 def in_memory(x):
-    """x itself, as a view for which a compiler stores it once, not computes it for every use."""
+    """x as a view that makes a compiler store it once, not compute it anew for every use."""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -398,7 +398,7 @@ def shifts(width, like):
 @dataclass(frozen=True)
 class How:
     """What a Linear quantizes, and how it multiplies. As (backward, gradients_in), paper 1 is
-    (ste, both) in its text, (full, dw) in its code; SwitchBack is (full, dx), with w^ in dx."""
+    (ste, both) in its text, (full, dw) in its code; SwitchBack is (full, dx), but has w^ in dx."""
     weights: Spec | None = None
     activations: Spec | None = None
     gradients: Spec | None = None
@@ -458,7 +458,7 @@ def codes_of(q):
 
 
 def int_matmul(a, b):
-    """a b^T of int8 codes (M, K), (N, K) in float32: exact to K = 1024, then as floats round."""
+    """a b^T of int8 codes (M, K), (N, K) in float32: exact up to K = 1024, then rounded."""
     if not (a.is_cuda or a.device.type == 'cpu' and INT_MM_CPU):
         return a.float() @ b.float().T
     # 2^16 products of at most 2^14 fit in int32
@@ -469,8 +469,8 @@ def int_matmul(a, b):
 # one matmul of the backward, g (M, K) times q (K, N): g and w^ give dx, g^T and x^ give dw
 
 def straight_through(g, q, how=None, key=None):
-    """dx = g^ w^, dw = (g^)^T x^: rounding has no gradient, and is taken for the identity (Bengio
-    et al., arXiv 1308.3432). With backward = 'full' q is x or w before it was rounded."""
+    """dx = g^ w^, dw = (g^)^T x^: the straight-through estimator takes rounding and clipping for
+    the identity (Bengio et al., 1308.3432). With backward = 'full', q is x or w as it was."""
     return g @ dequantize(q, g.dtype)
 
 
@@ -489,7 +489,7 @@ def fold(g, q, how, key):
 
 def requantize(g, q, how, key):
     """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum. Q is
-    how.gradients, but of x and w to nearest."""
+    how.gradients, but of x and w to nearest, and not fp8e5."""
     s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
     # both as rows in memory: a CPU rounds along columns three times slower
@@ -509,8 +509,8 @@ def operands(x, w, how, key):
     if how.activations:
         x = quantize(x.codes, how.activations, stream(key, 1))
     if how.compute == 'codes' and not together(x.spec, w.spec):
-        raise ValueError("compute = 'codes' needs them: give weights (or stored) and activations "
-                         'symmetric integers or fp8, a scale per row or tensor, and one rotation')
+        raise ValueError("compute = 'codes' needs codes: give weights (or stored) and activations "
+                         'symmetric integers or fp8, a scale per row or tensor, rotated alike')
     return x, w
 
 
@@ -595,7 +595,7 @@ class Linear(nn.Module):
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # zeros may move: they get the mean scale, or, all of them, that of weights in^-1/2
+            # groups of zeros may move: they get the mean scale, or, if all are zeros, in^-1/2
             alive = ~(q.scale <= TINY)                              # nan stays nan
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
@@ -656,10 +656,10 @@ class KVCache:
 # ------------------------------------------------------------------------------------------------
 # how a GPU compiles all this
 
-# options for the steps of the optimizer: to compute on, and not to store noise and rounded values
+# for the steps of the optimizer: compute noise and rounded values anew, do not store them
 STEPS = {'realize_opcount_threshold': 1000, 'realize_reads_threshold': 64,
          'realize_acc_reads_threshold': 64}
-# for matmuls of codes: scales go into Triton's own, and not into a kernel after, that reads int32
+# for matmuls of codes: Triton's kernel applies the scales, and no second one reads its int32
 MATMULS = {'max_autotune_gemm': True, 'epilogue_fusion_first': True,
            'autotune_num_choices_displayed': 0}
 
@@ -669,10 +669,10 @@ def inductor(options, on_gpu=True):
     if options is MATMULS and on_gpu:
         with suppress(ImportError, AttributeError):     # private, but nothing else does it
             from torch._inductor import lowering, select_algorithm
-            # else a transpose before an int8 matmul is dropped: off K it is many times slower
+            # else a transpose before an int8 matmul is dropped, and it is many times slower
             lowering.add_layout_constraint(torch.ops.aten._int_mm.default,
                                            lowering.constrain_to_fx_strides)
-            # cuBLAS is best at floats: not to try Triton's saves a minute or two
+            # cuBLAS is best at floats: not trying Triton's kernels saves a minute or two
             select_algorithm.get_algorithm_selector_cache().add_preprocessing_fn(
                 lambda choices: [c for c in choices if c.name in ('mm', 'addmm')] or choices)
     return {k: v for k, v in options.items() if on_gpu and k in torch._inductor.list_options()}
@@ -685,7 +685,7 @@ def inductor(options, on_gpu=True):
 #     v <- beta2 v + (1 - beta2) g^2      vhat = v / (1 - beta2^t)
 #
 #     adamw_step     w <- Q((1 - decay) w - lr mhat / sqrt(vhat))     Q rounds w as it is stored
-#     muon_step      w <- (1 - decay) w - lr U V^T        U S V^T = m: for matrices of floats
+#     muon_step      w <- (1 - decay) w - lr c U V^T      U S V^T = about m; floats only
 #     direct_step    e <- e + lr Qp g / sqrt(vhat)        of codes q, w = s q, with e in place of m
 #                    q <- clip(q - trunc(e), Qn, Qp)      e keeps the rest
 #
@@ -698,10 +698,10 @@ Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps clip')
 
 
 def size_of(g, v, h, key):
-    """After g, sqrt(vhat) + eps, of v before it is rounded (of rank1: after), and v to store."""
+    """(sqrt(vhat) + eps, v to store) once v has taken in g; only of rank1 is vhat rounded."""
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
-        # a mean over columns of the old v is its row, and over rows its column
+        # the means of the rows of the old v are v.codes, those of its columns v.scale
         stored = QTensor((h.beta2 * v.codes + g2).mean(-1, keepdim=True),
                          (h.beta2 * v.scale + g2).mean(-2, keepdim=True), spec=s)
         v = dequantize(stored)
@@ -733,14 +733,14 @@ def adamw_step(w, g, m, v, h, key):
 def direct_step(w, g, e, v, s_moments, h, h_s, key):
     """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest.
     Returns how many codes moved, by row. e, (out, in) as m, adds up a g / sqrt(vhat), a = lr Qp, in
-    levels; its whole part is taken off the code, and the rest stays. What is weak but steady moves
-    a code in 1 / (a mean(g / sqrt(vhat))) steps, and noise, whose sum grows as a root, in about
-    1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight, as BitNet has, in few bits.
-    It ends a level beyond the grid, and its code moves back only after a whole level. s learns:
-    Adam steps log s, with s_moments as m and v, so that a step multiplies s.
+    levels; its whole part is taken off the code, and the rest stays. A gradient that is weak but
+    steady moves a code in 1 / (a mean(g / sqrt(vhat))) steps, and noise, whose sum grows as a root,
+    in about 1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight, as BitNet has, in
+    few bits, held within a level of the grid; but a code that has moved moves back only after a
+    whole level. Adam steps log s, with s_moments as m and v, so that a step multiplies s.
     Paper 2 keeps no e and rounds w stochastically. Float sums that move a weight at a threshold are
     known for Boolean weights (BOLD, 2405.16339; of an average: Bop, 1906.02107) and in evolution
-    strategies (2602.03120). In few bits, with Adam's v, on all grids of integers: ours."""
+    strategies (2602.03120). Few bits, Adam's v and all grids of integers are ours."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
     size, v_new = size_of(g, v, h, stream(key, 2))
@@ -789,8 +789,8 @@ def put(old, new):
 
 class Optimizer:
     """Steps every parameter: the codes and scales of a Linear by direct_step if code_lr > 0, its
-    float weight by muon_step if optimizer = 'muon', and all else by adamw_step. Specs are for the
-    weights of Linears alone. The model is asked for its weights at every step. With `shard`, a
+    float weight by muon_step if optimizer = 'muon', and all else by adamw_step. adam_m and adam_v
+    are of the weights of Linears. The model is asked for its weights at every step. With `shard`, a
     process holds and steps its share of the states alone: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
@@ -801,7 +801,7 @@ class Optimizer:
         specs = spec(config.adam_m), spec(config.adam_v)
         steps = adamw_step, direct_step, muon_step
         if compiled:
-            # a graph for each shape, however many: with open ones 4-bit states are far slower
+            # a graph for each shape, however many: dynamic shapes make 4-bit states far slower
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = inductor(STEPS, next(model.parameters()).is_cuda)
             steps = [torch.compile(f, dynamic=False, options=options) for f in steps]
@@ -915,7 +915,7 @@ class Optimizer:
         for name, ts in state.items() if self.world > 1 else ():
             found = None if self.rank else [None] * self.world
             held = [t.cpu().view(-1).view(torch.uint8) for t in ts if not t.is_meta]
-            dist.gather_object(held, found)         # as bytes: nobody else pickles fp8
+            dist.gather_object(held, found)         # as bytes: numpy has no fp8
             if found:
                 state[name] = [torch.cat(parts).view(t.dtype).view((-1, *t.shape[1:])[:t.dim()])
                                for t, *parts in zip(ts, *filter(None, found))]
@@ -937,7 +937,7 @@ class Optimizer:
 # post-training quantization
 
 def rtn_(model, how):
-    """q = clip(round(w / s), Qn, Qp), to nearest: all that every block linear then holds."""
+    """q = clip(round(w / s), Qn, Qp), to nearest: all that block linears, but for `keep`, hold."""
     for layer in linears(model).values():
         if not layer.keep:
             layer.store_(how)
@@ -945,8 +945,8 @@ def rtn_(model, how):
 
 @torch.no_grad()
 def gptq(W, H, how, damping=0.01, act_order=False):
-    """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer, s
-    from W itself, for mse with the least sum H_ii (W - s q)_i^2 of rounding to nearest:
+    """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer. The
+    scales s are those of W; with mse, sum H_ii (W - s q)_i^2 is least for q rounded to nearest:
 
         q_i = clip(round(W_i / s), Qn, Qp),  e = (W_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
@@ -1016,7 +1016,7 @@ def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
 # accounting and health
 
 def bytes_held(model, optimizer=None):
-    """Bytes, read off the storages; 'linear' is of the weights of Linears alone, per weight."""
+    """Bytes of each kind, read off the storages; 'linear': of the block linears, per weight."""
     layers, states = linears(model), optimizer.tensors() if optimizer else {}
 
     def size(tensors):      # each storage counts once

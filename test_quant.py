@@ -389,7 +389,7 @@ def test_all_three_matmuls_in_any_format(how):
 
 
 @each('how, says', [
-    *(({'compute': 'codes', **how}, "'codes' needs them: give weights") for how in (
+    *(({'compute': 'codes', **how}, "'codes' needs codes: give weights") for how in (
         {'weights': 'int8/row'}, *(dict.fromkeys(INT8, x) for x in GRIDS if x not in MULTIPLIED),
         {}, *({**INT8, 'weights': w} for w in ('int8/16', 'fp8/row', 'int8/row/hadamard')))),
     *(({'backward': 'fold', 'gradients': 'int8/row', **how}, "'fold' multiplies codes: give")

@@ -57,7 +57,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # llama only
     init_gain: float = 0.7       # block linears start from N(0, init_gain^2 / fan_in); 0: as GPT-2
-    quantize_head: bool = False  # the head too takes weights, activations and gradients
+    quantize_head: bool = False  # weights, activations and gradients are the head's, too
     keep: str = ''               # block linears with this regular expression in their names stay
                                  # in full precision: 'h.0|mlp.c_proj'
 
@@ -66,12 +66,12 @@ class Config:
     activations: str = ''        # their inputs
     gradients: str = ''          # gradients of their outputs,
     gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
-    backward: str = 'ste'        # what it sees of x and w: as quantized (ste), as full (full),
-                                 # codes (fold), or quantized anew like gradients (requantize)
+    backward: str = 'ste'        # the x and w it multiplies: quantized (ste), full (full), codes
+                                 # (fold), or quantized anew along the sum (requantize)
     compute: str = 'float'       # what is multiplied: codes dequantized, or the codes themselves
     kv_cache: str = ''           # keys and values
     stored: str = ''             # the weights as they are stored between steps
-    adam_m: str = ''             # the optimizer's moments as they are stored; of codes e
+    adam_m: str = ''             # the optimizer's moments as they are stored; with code_lr, e
     adam_v: str = ''             # rank1 is a row and a column, as in Adafactor
 
     # the optimizer: linear warm-up, cosine to min_lr
@@ -82,7 +82,7 @@ class Config:
     min_lr: float = 0.0          # as a fraction of learning_rate
     warmup_iters: int = 100
     max_iters: int = 2400        # resumed with more, a run follows the schedule of the new length
-    weight_decay: float = 0.1    # of matrices of floats
+    weight_decay: float = 0.1    # of matrices, but not of codes that code_lr moves
     beta1: float = 0.9           # 0: no momentum, and AdamW holds no m
     beta2: float = 0.999         # small batches want a long memory
     eps: float = 1e-8
@@ -95,13 +95,13 @@ class Config:
 
     # instead of training
     ptq: str = ''                # rtn or gptq: quantize trained weights, which become `stored`
-    damping: float = 0.01        # of GPTQ's Hessian, times the mean of its diagonal
-    act_order: bool = False      # GPTQ goes by descending diagonal
+    damping: float = 0.01        # added to the diagonal of GPTQ's Hessian, times its mean
+    act_order: bool = False      # GPTQ takes columns by descending diagonal
 
     # the data
     dataset: str = 'python'      # folder in data/, or with a / in it a path
-    batch_size: int = 8          # sequences of block_size tokens, a process and a micro-step
-    grad_accum: int = 1          # micro-steps a step
+    batch_size: int = 8          # sequences of block_size tokens, per process and micro-step
+    grad_accum: int = 1          # micro-steps per step
     sequences: int = 0           # calibrate or train on this many windows alone; 0: all
 
     # the run
@@ -119,7 +119,7 @@ class Config:
     sample_tokens: int = 256
     samples: int = 1             # how many, from seed, seed + 1, ..
     temperature: float = 0.8     # 0: always the likeliest token
-    top_k: int = 200             # of this many tokens; 0: of all
+    top_k: int = 200             # sample from so many likeliest tokens; 0: from all
     device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several
     dtype: str = 'auto'          # of activations: bfloat16 where it is fast, or float32
     compile: str = 'auto'        # torch.compile: yes or no; auto: where it works and pays
@@ -550,7 +550,7 @@ class Run:
 
 def tell_system():
     """Have glibc keep what is freed: fetching pages anew takes time in every step. Have Linux kill
-    this process when torchrun ends, which started it, even by kill -9."""
+    this process when torchrun, which started it, ends, even by kill -9."""
     with suppress(AttributeError, OSError, TypeError):      # it has no such calls
         c = ctypes.CDLL(None)
         if 'TORCHELASTIC_RUN_ID' in os.environ:

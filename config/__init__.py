@@ -42,7 +42,7 @@ MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens', 'top_k'    # and what is 
 CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
            'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
            'dtype': ('auto', 'float32', 'bfloat16'), 'reduce_dtype': ('', 'bfloat16')}
-IDLE = (    # a key, and what it does nothing without: one of some keys, or a value of one
+IDLE = (    # a key, and what it has no effect without: one of some keys, or a value of one
     ('rope_theta', 'flavour', 'llama'), ('quantize_head', 'weights activations gradients', ''),
     ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
     ('samples', 'sample_tokens', ''), ('temperature', 'sample_tokens', ''),
@@ -52,7 +52,7 @@ IDLE = (    # a key, and what it does nothing without: one of some keys, or a va
 
 
 def fail(message, own=False):
-    """End with one short line, that of rank 0 where all have the same fault and not its `own`."""
+    """End with one short line; only rank 0 prints it, unless the fault is a rank's `own`."""
     line = ' '.join(f'error: {message}'.split())
     if len(line) > 320:     # someone's argument is long; the advice comes last
         line = f'{line[:160]} .. {line[-156:]}'
@@ -272,7 +272,7 @@ def resumed(config, given):
         fail(f'resume goes on with {path}: leave out {config.checkpoint}')
     loaded[path] = load(path, type(config))
     old = loaded[path]['config']
-    # `given` has files and flags alone: the same command may be repeated, and none need be
+    # `given` has files and flags alone: the same command may be repeated, or left out
     for key, value in given.items():
         if key not in RUN_KEYS and differ(key, value, old[key]):
             fail(f'{path} was trained with {key} = {old[key]!r}, not {value!r}; leave it out, or '
@@ -310,7 +310,7 @@ def check(c, given):
         fail(f"keep = '{c.keep}' is no regular expression: {e}")
     for wrong, why in (
         (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of learning_rate'),
-        (not c.beta2, 'beta2 = 0: v is 0 where a gradient is, and the step explodes'),
+        (not c.beta2, 'beta2 = 0: v is 0 wherever the gradient is 0, and the step explodes'),
         (not (c.eps and c.rope_theta), 'eps and rope_theta must be greater than 0'),
         (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
         (c.ptq and c.weights and c.quantize_head, 'ptq would leave the head in full precision: '

@@ -1,4 +1,4 @@
-# size: LLaMA-shaped, 1.1B. 0.5M tokens per step on one GPU; with torchrun divide grad_accum
+# size: LLaMA-shaped, 1.2B. 0.5M tokens per step on one GPU; with torchrun divide grad_accum
 flavour = 'llama'
 n_layer = 22
 n_head = 16

@@ -1,4 +1,4 @@
-# quantization-aware fine-tuning (paper 3, 2410.14570) of a model that is trained: two and a half
+# quantization-aware fine-tuning (Xu et al., 2410.14570) of a model that is trained: two and a half
 # epochs of 128 sequences, 4-bit weights in the forward; 2 bits want a learning_rate of 3e-4
 # python train.py out/baseline/ckpt.pt config/qaft.py
 init_from = 'checkpoint'

@@ -122,7 +122,7 @@ def tokenizer_of(words, special, pattern):
     while not lacking and words[n - 1] in special:      # at the end they are not among the ranks
         n -= 1
     if any(c not in byte for word in words if word not in special for c in word):
-        raise ValueError("its tokenizer is not byte-level BPE, of GPT-2's make")
+        raise ValueError("its tokenizer is not byte-level BPE in the style of GPT-2")
     ranks = [word.encode().decode('latin-1') if word in special else ''.join(map(byte.get, word))
              for word in words[:n + len(lacking)]]
     return {'tokenizer': 'gpt2' if pattern == r50k_pat_str else 'bpe', 'vocab_size': len(words),

@@ -71,7 +71,7 @@ def write(model, tokenizer, path, choice=''):
     pre = {pattern: name for name, pattern in PATTERNS.items()}.get(tokenizer['pattern'])
     pre = 'qwen2' if tokenizer['tokenizer'] == 'bytes' else pre         # nothing merges
     if not pre:
-        raise ValueError('llama.cpp cuts no text as its tokenizer does; prepare the data anew')
+        raise ValueError('llama.cpp has no pre-tokenizer like its own; prepare the data anew')
     out, (words, merges) = gguf.GGUFWriter(path, c.flavour), words_of(tokenizer)
     ours = vars(c) | {'n_kv_head': c.n_kv_head or c.n_head,
                       'hidden': model.h[0].mlp.c_proj.weight.shape[1]}
@@ -133,7 +133,7 @@ def read(path):
             'attention.value_length': hs, 'attention.causal': True, 'rope.scaling.type': 'none'}
     for key, value in meta.items():     # experts, windows, scaled rope: whatever is not known
         if value != same.get(key):
-            raise ValueError(f'its {key} is {value}, which model.py has not')
+            raise ValueError(f'its {key} is {value}, which model.py does not support')
     theirs = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
               for t in file.tensors}
     config = Config(flavour=flavour, bias=flavour == 'gpt2', tied='output.weight' not in theirs,

@@ -142,7 +142,8 @@ def read(name):
     with torch.no_grad():
         a, b = model(idx)[..., :c.vocab_size], theirs.eval().float()(idx).logits
     if not (b - a[..., :b.shape[-1]]).norm() < 1e-5 * b.norm():
-        raise ValueError('model.py makes something else of its weights: its config asks for more')
+        raise ValueError('model.py makes something else of its weights: its config asks for '
+                         'more than model.py has')
     return checkpoint
 
 
@@ -155,7 +156,7 @@ def read_tokenizer(theirs):
         ours = tokenizer_of(words, theirs.get_added_vocab(), pattern)
         if encoding(ours).encode_ordinary(text) == theirs.encode(text, add_special_tokens=False):
             return ours
-    raise ValueError("it has no tokenizer, or not one of GPT-2's make that cuts text as "
+    raise ValueError("it has no tokenizer, or not a byte-level BPE that cuts text as "
                      f'{", ".join(PATTERNS)} do')
 
 

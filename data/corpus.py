@@ -49,7 +49,7 @@ def read_files(root, pattern='*', skip=(), max_bytes=math.inf):
     """
     The text files under folder `root` whose name fits `pattern`, as a sorted list of (path
     relative to root, text). Leaves out files that are empty or larger than `max_bytes`, files and
-    folders with a name that fits a pattern in `skip` and, with a word, files that are not UTF-8.
+    folders with a name that fits a pattern in `skip` and, with a message, files that are not UTF-8.
     """
     def wanted(name):
         return not any(fnmatchcase(name, s) for s in skip)
@@ -249,7 +249,7 @@ def read_dataset(root):
 
 
 def check_meta(meta):
-    """Some exception, unless the numbers make sense and the tokenizer works."""
+    """Raises an exception unless the numbers make sense and the tokenizer works."""
     for key in (*NUMBERS, 'vocab_size'):
         if type(meta[key]) not in (int, float) or not 0 < meta[key] < 2**63:
             raise ValueError(f'{key} = {meta[key]!r} in meta.json')
@@ -267,7 +267,7 @@ def check_meta(meta):
 
 
 def read_ids(path, tokens, vocab_size):
-    """The ids in a .bin, mapped. Raises ValueError for what cannot be so many of them."""
+    """The ids in a .bin, mapped. Raises ValueError if it does not hold so many."""
     dtype = tokens_dtype(vocab_size)
     if os.path.getsize(path) != tokens * dtype.itemsize:
         raise ValueError(f'{path} is truncated, or of another vocabulary')
@@ -283,7 +283,7 @@ def read_ids(path, tokens, vocab_size):
 
 @lru_cache(2)  # a batch may end in the next epoch
 def epoch_order(seed, epoch, windows, sequences):
-    """The windows of an epoch in its order; of so many `sequences`, if not 0, the same in all."""
+    """The windows of an epoch in its order; if `sequences` > 0, so many, the same in each."""
     few = np.random.default_rng(seed).permutation(windows)[:sequences or windows]
     return np.random.default_rng((seed, epoch + 1)).permutation(few)
 

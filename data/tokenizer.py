@@ -12,7 +12,7 @@ A tokenizer is a dict, and is stored so in meta.json:
   pattern     regular expression that cuts text into words; no token crosses a cut
   ranks       tokens in order, as strings of one character per byte (latin-1: lossless, readable)
   special     {name: id} of tokens that no text encodes to; empty for bytes. The first ends a
-              document. Of other people's some stand among the ranks, whose place they take
+              document. In an imported tokenizer, some stand among the ranks, in their places
 """
 import heapq
 import threading
