@@ -661,6 +661,16 @@ def test_the_page_has_the_table_of_bits():
         assert losses == ', '.join(f"{r['val_loss']:.3f}" for r in found)
 
 
+def test_the_page_has_the_memory_that_was_counted_and_measured():
+    found = json.loads((runs.RESULTS / 'fit.json').read_text(encoding='utf-8'))['rows']
+    for (size, strategy, *cells), row in zip(tables('What a run takes of memory')[0], found,
+                                             strict=True):
+        assert (size == '41M') == ('--n_embd=640' in row['args'])
+        assert f'config/{strategy}.py' in row['args']
+        assert cells == [f"{row['counted'] / 2 ** 30:.3f}", f"{row['peak'] / 2 ** 30:.3f}",
+                         f"{100 * (row['peak'] / row['counted'] - 1):+.1f} %"]
+
+
 def test_the_page_says_how_far_runs_part():
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
     found = [r for r in runs.read(runs.RESULTS / 'tries.jsonl') if r['seed'] == 11]
