@@ -7,7 +7,7 @@ Train, evaluate and sample one GPT, with any quantization strategy:
     python train.py config/ternary.py --init_from=resume        go on where it stopped
     python train.py out/ternary/ckpt.pt --eval_only=True        evaluate and sample a checkpoint
     python train.py out/baseline/ckpt.pt config/gptq.py         quantize a trained model
-    torchrun --nproc_per_node=8 train.py config/gpt2.py         data-parallel
+    torchrun --nproc_per_node=8 train.py config/gpt2.py --grad_accum=2     data-parallel
 
 A checkpoint is a config file that also has weights; give it first. A run writes <out_dir>/ckpt.pt
 and <out_dir>/log.jsonl, one JSON object a line.
@@ -76,7 +76,7 @@ class Config:
 
     # the optimizer: linear warm-up, cosine to min_lr
     optimizer: str = 'adamw'     # or muon, for full-precision weights of block linears
-    learning_rate: float = 1.5e-3   # of block linears, up to a width of base_width
+    learning_rate: float = 1.5e-3   # of block linears of floats, up to a width of base_width
     embedding_lr: float = 6e-3   # of embeddings, head, norms and biases; 0: learning_rate
     base_width: int = 256        # above it learning_rate falls as 1 / n_embd, code_lr as its root
     min_lr: float = 0.0          # as a fraction of learning_rate

@@ -47,7 +47,8 @@ def packed(name, q, kind):
     grid, base = integers(q), name.removesuffix('.weight')
     if not grid or (q.spec.grid, q.spec.group) not in (
             [('ternary', 'tensor')] if kind == 'bitnet' else [('int4', 'row'), ('int8', 'row')]):
-        raise ValueError(f'{name} is {q.spec or "in full precision"}, and not for --type={kind}')
+        said = f'{q.spec.grid}, a scale per {q.spec.group}' if q.spec else 'in full precision'
+        raise ValueError(f'{name} is {said}: not for --type={kind}, see the help')
     codes = levels(q).int()
     if kind == 'bitnet':                # a byte has codes of four rows, a quarter of all apart
         four = (codes + 1).view(4, -1, codes.shape[1]) << 2 * torch.arange(4).view(-1, 1, 1)

@@ -91,6 +91,8 @@ def draw(runs, path):
 
 def main(argv):
     out, runs = 'curves.png', []
+    if '--help' in argv:
+        raise SystemExit(print(__doc__))
     for path in argv:
         if path.startswith('--out='):
             out = path[6:]
