@@ -1,7 +1,7 @@
 """
 Scaling laws of low precision (paper 4, Kumar et al., 2411.04330): do they carry to a larger model?
 
-    python -m experiments.scaling [sweep] [predict] [plot]         three hours on two cores
+    python -m experiments.scaling [sweep] [predict] [plot]         four hours on two cores
     python -m experiments.scaling plan --memory=1e5 --tokens=1e7   which N, D and precision
 
 N is the number of weights of the block linears and D the number of bytes trained on, each of them
@@ -386,7 +386,8 @@ def table(full, points):
 
 
 def draw(found, told, points, target):
-    """What three precisions add, against data, and all that was predicted of the held-out size."""
+    """What three precisions add, against data, and all that was predicted of the held-out size. A
+    dotted line is four times the noise."""
     from experiments.figures import pyplot
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 9))
     (*laws, last), sizes = panels.flat, sorted({p['N'] for p in points})
@@ -399,8 +400,9 @@ def draw(found, told, points, target):
             for form, style in (('A', '--'), ('B', '-')):
                 law = found[form].get(name, (math.nan, 0, 0))
                 panel.plot(np.sort(D), cost(law, N, np.sort(D)), style, color=f'C{i}')
-        panel.set(title=f'{name}; dashed: form A, solid: form B', xlabel='D, bytes',
+        panel.set(title=f'{name}; dashed: form A, solid: form B', xlabel='D, MB of text read',
                   ylabel='delta, nats a byte')
+        panel.axhline(4 * found['noise'], color='0.6', ls=':')      # below it, nothing is fitted
     clear = [p for p in points if p['N'] == sizes[-1] and p['delta'] > 4 * found['noise']]
     for form in 'AB':
         last.plot([p['delta'] for p in clear], [told[form].get(p['name']) for p in clear], 'o',
@@ -411,6 +413,12 @@ def draw(found, told, points, target):
     for panel in panels.flat:
         panel.set(xscale='log', yscale='log')
         panel.legend()
+    for panel in laws:
+        low, high = panel.get_ylim()
+        panel.set_xticks([MB * 2 ** 20 for MB in (1, 2, 4, 8)], (1, 2, 4, 8))
+        panel.set_yticks(ticks := (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3), ticks)
+        panel.set_ylim(max(found['noise'], low), high)
+        panel.minorticks_off()
     figure.savefig(target)
 
 

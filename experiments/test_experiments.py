@@ -661,6 +661,16 @@ def test_the_page_has_the_table_of_bits():
         assert losses == ', '.join(f"{r['val_loss']:.3f}" for r in found)
 
 
+def test_the_page_has_the_scores_and_claims_of_the_laws():
+    lines = (runs.RESULTS / 'scaling.md').read_text(encoding='utf-8').splitlines()
+    score, told = tables('Scaling laws')
+    assert len(score) == 6 and len(told) == 15
+    assert all('| ' + ' | '.join(row) + ' |' in lines for row in score + told)
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8').replace('\n', ' ')
+    a, b = (round(float(cell.split(' %')[0])) for cell in score[0][2:4])
+    assert f'{b} % off, the form of Kumar et al. {a} %' in readme
+
+
 def test_the_page_has_the_memory_that_was_counted_and_measured():
     found = json.loads((runs.RESULTS / 'fit.json').read_text(encoding='utf-8'))['rows']
     for (size, strategy, *cells), row in zip(tables('What a run takes of memory')[0], found,
