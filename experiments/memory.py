@@ -15,13 +15,18 @@ from experiments.runs import (RESULTS, Job, arguments, keys, losses, parser_of, 
 from model import GPT
 from quant import Optimizer, bytes_held, rtn_
 
-# without momentum there is no m, of embeddings neither
+# keys for train.py, and p: below a width of 256, rates of floats grow as (256 / width)^p. Tries of
+# 0, .5 and 1, with seed 2 at the smallest size of a recipe, are not finished (results/tries.jsonl).
+# Without momentum there is no m, of embeddings neither
 RECIPES = {
-    'float32 AdamW': 'config/baseline.py',
-    'BitNet without momentum': 'config/bitnet.py weights=ternary/row/absmean beta1=0. adam_v=rank1',
-    'direct int8': 'config/direct8.py beta1=0.',
-    'bfloat16 without momentum': 'stored=bf16/stochastic weight_decay=0 beta1=0. adam_v=rank1',
-    'direct int4': 'config/direct4.py beta1=0.', 'direct ternary': 'config/ternary.py beta1=0.'}
+    'float32 AdamW': ('config/baseline.py', 0.5),
+    'BitNet without momentum':
+        ('config/bitnet.py weights=ternary/row/absmean beta1=0. adam_v=rank1', 0.5),
+    'direct int8': ('config/direct8.py beta1=0.', 0.5),
+    'bfloat16 without momentum':
+        ('stored=bf16/stochastic weight_decay=0 beta1=0. adam_v=rank1', 0.5),
+    'direct int4': ('config/direct4.py beta1=0.', 0.5),
+    'direct ternary': ('config/ternary.py beta1=0.', 0.5)}
 MEGABYTES, STEPS = (2, 4, 8), 2400
 
 
@@ -32,8 +37,11 @@ def config_of(text):
 
 def keys_of(recipe, width):
     """Keys for train.py of a recipe at a width."""
-    return f'{RECIPES[recipe]} n_embd={width} n_head={width // 32} ' \
-        f'hidden={round(8 * width / 3 / 64) * 64} max_iters={STEPS} update_in_backward=True'
+    text, power = RECIPES[recipe]
+    more = max(1, 256 / width) ** power
+    return f'{text} n_embd={width} n_head={width // 32} hidden={round(8 * width / 3 / 64) * 64} ' \
+        f'learning_rate={1.5e-3 * more:.3g} embedding_lr={6e-3 * more:.3g} ' \
+        f'max_iters={STEPS} update_in_backward=True'
 
 
 def megabytes(text):
@@ -61,9 +69,9 @@ def jobs(seeds, most=MEGABYTES):
             width += 32
         for budget in most:
             fit = [width for width, size in sizes.items() if size <= budget]
-            found += [Job(f'{recipe}, {budget} MB', arguments(keys_of(recipe, max(fit))), seed)
-                      for seed in seeds if fit]
-    return found
+            if fit:
+                found.append((f'{recipe}, {budget} MB', arguments(keys_of(recipe, max(fit)))))
+    return [Job(name, args, seed) for seed in seeds for name, args in found]
 
 
 def draw(points, path):
