@@ -915,7 +915,7 @@ class Optimizer:
         for name, ts in state.items() if self.world > 1 else ():
             found = None if self.rank else [None] * self.world
             held = [t.cpu().view(-1).view(torch.uint8) for t in ts if not t.is_meta]
-            dist.gather_object(held, found)         # as bytes: numpy has no fp8
+            dist.gather_object(held, found)         # as bytes: fp8 does not pickle
             if found:
                 state[name] = [torch.cat(parts).view(t.dtype).view((-1, *t.shape[1:])[:t.dim()])
                                for t, *parts in zip(ts, *filter(None, found))]

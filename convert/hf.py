@@ -45,10 +45,10 @@ TYPES = 'float32', 'bfloat16', 'bitnet', 'compressed-tensors'
 def packed(name, q, kind):
     """{name: tensor} of a weight as packed codes. ValueError where it is not of that kind."""
     grid, base = integers(q), name.removesuffix('.weight')
-    if not grid or (q.spec.grid, q.spec.group) not in (
-            [('ternary', 'tensor')] if kind == 'bitnet' else [('int4', 'row'), ('int8', 'row')]):
-        said = f'{q.spec.grid}, a scale per {q.spec.group}' if q.spec else 'in full precision'
-        raise ValueError(f'{name} is {said}: not for --type={kind}, see the help')
+    good = ('ternary/tensor',) if kind == 'bitnet' else ('int4/row', 'int8/row')
+    said = f'{q.spec.grid}/{q.spec.group}' if q.spec else 'in full precision'
+    if not grid or said not in good:
+        raise ValueError(f'{name} is {said}, not for --type={kind}: use {" or ".join(good)}')
     codes = levels(q).int()
     if kind == 'bitnet':                # a byte has codes of four rows, a quarter of all apart
         four = (codes + 1).view(4, -1, codes.shape[1]) << 2 * torch.arange(4).view(-1, 1, 1)

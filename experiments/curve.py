@@ -92,7 +92,7 @@ def draw(runs, path):
 def main(argv):
     out, runs = 'curves.png', []
     if '--help' in argv:
-        raise SystemExit(print(__doc__))
+        return print(__doc__)
     for path in argv:
         if path.startswith('--out='):
             out = path[6:]
