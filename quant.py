@@ -595,7 +595,7 @@ class Linear(nn.Module):
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # groups of zeros may move: they get the mean scale, or, if all are zeros, in^-1/2
+            # groups of zeros may move: they get the mean scale, or, if none is alive, of in^-1/2
             alive = ~(q.scale <= TINY)                              # nan stays nan
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
