@@ -990,6 +990,7 @@ def equal(a, b):
     ('--code_lr=.1 --stored=int8 --adam_m=int8/row/absmean', 'whole level'),
     ('--beta1=0 --adam_m=int8/row', 'no m to store'),
     ('--update_in_backward=True --grad_accum=2', 'grad_accum = 1'), ('--bias=True', 'no bias'),
+    ('config/ternary.py --quantize_head=True', 'head is not in'),
     ('--stored=int8 --keep=h', 'no layer, or of all'), ('--stored=int8 --keep=(', 'no regular'),
     *((f'--stored={bad}', 'symmetric, signed, linear') for bad in (
         'int8/asymmetric', 'uint8/asymmetric', 'int8/sqrt', *FORMATS, 'int4/row/hadamard')),
@@ -1104,6 +1105,7 @@ def test_resume_is_bit_for_bit_and_needs_no_flags(strategy, small, tmp_path):
 @each('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monkeypatch, capfd):
     """A second SIGTERM, even while it saves, changes nothing; a second Ctrl-C ends at once."""
+    before = signal.getsignal(number)
     for name in ('advance', 'save')[:1 + (number == signal.SIGTERM)]:
         def signalled(self, method=getattr(train.Run, name)):
             os.kill(os.getpid(), number)
@@ -1114,7 +1116,7 @@ def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monke
     out, err = capfd.readouterr()
     assert '--init_from=resume' in out and 'Ctrl-C again' in err
     assert checkpoint(tmp_path / 'run')['iter'] == 1
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == before
 
 
 def test_killed_while_saving_and_resumed(small, tmp_path):
@@ -1189,10 +1191,10 @@ train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: No
     one, two, bf16 = (log_of(tmp_path / name) for name in ('one', 'ternaryFalse', 'bf16'))
     a, b = ([line.get('train_loss', 0) for line in log[:9]] for log in (bf16, two))
     assert a != b and a == pytest.approx(b, abs=2e-2)
-    for i, (a, b) in enumerate(zip(one, two)):     # sums are rounded in another order: past three
+    for i, (a, b) in enumerate(zip(one, two)):     # sums are rounded in another order: past two
         assert a.keys() == b.keys() and a.get('world', 1) == b.get('world', 2) - 1
-        for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():   # steps a code moves
-            assert a[key] == pytest.approx(b[key], abs=1e-4 if i < 5 else 1e-2)
+        for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():   # steps levels part
+            assert a[key] == pytest.approx(b[key], abs=1e-4 if i < 3 else 1e-2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, full, tmp_path):

@@ -315,6 +315,8 @@ def check(c, given):
         (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
         (c.ptq and c.weights and c.quantize_head, 'ptq would leave the head in full precision: '
          'it was trained with quantize_head'),
+        (c.quantize_head and not w and c.compute == 'codes', 'the head is not in `stored`: '
+         'quantize_head needs weights, too, or compute = float'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
         (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
         (c.code_lr and stored and (GRIDS[stored.grid].float or stored.map != 'linear'), 'code_lr '

@@ -20,7 +20,7 @@ def read(path):
     """(folder, sha256 of the data, [(tokens, loss)] of train, the same of val, last val loss,
     {tensor: {layer: dB}})."""
     with open(path, encoding='utf-8') as f:
-        head, *log = map(json.loads, f)
+        head, *log = (json.loads(line) for line in f if line.endswith('\n'))   # a whole line
     c, curves, last = head['config'], {'train_loss': [], 'val_loss': []}, None
     step = c['batch_size'] * c['grad_accum'] * c['block_size'] * head.get('world', 1)
     ratios = {}

@@ -86,6 +86,8 @@ def test_fit_counts_what_a_run_will_hold(small, how):
 
 def test_a_curve_shows_what_rounding_does_to_layers(small, tmp_path):
     train.main(['config/w4a4.py', *small, f'--out_dir={tmp_path}/run'])
+    with open(f'{tmp_path}/run/log.jsonl', 'a', encoding='utf-8') as f:
+        f.write('{"iter": 7, "train_lo')                                # as if killed
     *_, last, ratios = curve.read(f'{tmp_path}/run/log.jsonl')
     assert 0 < last < 6 and {*ratios} == {'weights', 'activations'}
     assert len(ratios['weights']) == 8 and all(5 < dB < 40 for dB in ratios['weights'].values())
