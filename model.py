@@ -146,8 +146,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, targets, key, how, chunk, training):
-        N, most = len(x), 2 ** 28 if x.is_cuda else 2 ** 20                # elements of logits
-        chunks = min(N, math.ceil(N * len(w) / most))
+        N, about = len(x), 2 ** 28 if x.is_cuda else 2 ** 20               # elements of logits
+        chunks = math.ceil(N * len(w) / about)
         n = math.ceil(N / chunks / 128) * 128                   # blocks of a Spec divide it
         loss, dx, dw = 0.0, [], None
         for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):

@@ -19,7 +19,7 @@ paper 2), and the optimizer moves the codes themselves. The two combine.
 import difflib
 import hashlib
 import math
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -33,7 +33,8 @@ import torch.nn.functional as F
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
 # an integer grid has codes from low = Qn to high = Qp, packed in bytes if they have less than 8
-# bits; a grid of floats, (mantissa bits, smallest exponent), has the rounded numbers as its codes
+# bits; a grid of floats, (mantissa bits, smallest exponent), has the rounded numbers as its codes,
+# and fp4 stores their bits
 Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
@@ -165,7 +166,8 @@ class QTensor(NamedTuple):
     """What is stored of a tensor: x^ = (levels(q) + zero) * scale * outer."""
     codes: torch.Tensor                # int8, uint8, fp8, bf16; below 8 bits from 0 up, packed;
                                        # of rank1 a mean per row; without a spec x itself
-    scale: torch.Tensor | None = None  # one per group: float32, or a byte in nvfp4 and mx
+    scale: torch.Tensor | None = None  # one per group: float32, or a byte in nvfp4 and mx; of
+                                       # rank1 a mean per column
     zero: torch.Tensor | None = None   # asymmetric only, an integer per group
     outer: torch.Tensor | None = None  # nvfp4 only, the scale of the scales
     spec: Spec | None = None
@@ -375,11 +377,6 @@ def unpack(codes, s):
     return c
 
 
-def in_memory(x):
-    """x as a view that makes a compiler store it once, not compute it anew for every use."""
-    return x.as_strided(x.shape, x.stride())
-
-
 def shifts(width, like):
     """The bits at which the digits of a byte begin, int32 (8 / width, 1): computed, not loaded."""
     return width * torch.arange(8 // width, dtype=torch.int32, device=like.device).unsqueeze(-1)
@@ -517,10 +514,9 @@ def operands(x, w, how, key):
 def matmul_backward(g, x, w, how, key):
     """dx (N, in) and dw (out, in) of QTensors x and w, as saved, and g = dL/dy (N, out)."""
     method, where = BACKWARD[how.backward], how.gradients_in
-    g = seen = in_memory(g) if how.gradients else g
-    if method is straight_through:
-        # both see one g^; fold and requantize take g, and each call rounds it with its own noise
-        seen = fake_quant(g, how.gradients, stream(key, 2))
+    g = in_memory(g) if how.gradients else g
+    # straight_through sees one g^ twice; fold and requantize each round g with their own noise
+    seen = fake_quant(g, how.gradients, stream(key, 2)) if method is straight_through else g
     # the matmul that gradients_in leaves out takes g as it is
     dx = straight_through(g, w) if where == 'dw' else method(seen, w, how, stream(key, 2))
     dw = straight_through(g.T, x) if where == 'dx' else method(seen.T, x, how, stream(key, 3))
@@ -664,8 +660,13 @@ MATMULS = {'max_autotune_gemm': True, 'epilogue_fusion_first': True,
            'autotune_num_choices_displayed': 0}
 
 
+def in_memory(x):
+    """x as a view that makes a compiler store it once, not compute it anew for every use."""
+    return x.as_strided(x.shape, x.stride())
+
+
 def inductor(options, on_gpu=True):
-    """Those of the options that this version of torch knows, for a GPU; else none."""
+    """Set torch up for MATMULS; those of the options that it knows, for a GPU, else none."""
     if options is MATMULS and on_gpu:
         with suppress(ImportError, AttributeError):     # private, but nothing else does it
             from torch._inductor import lowering, select_algorithm
@@ -697,7 +698,7 @@ def inductor(options, on_gpu=True):
 Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps clip')
 
 
-def size_of(g, v, h, key):
+def second_moment(g, v, h, key):
     """(sqrt(vhat) + eps, v to store) once v has taken in g; only of rank1 is vhat rounded."""
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
@@ -718,9 +719,9 @@ def adamw_step(w, g, m, v, h, key):
     h = Rates(*h.unbind())
     g, old = h.clip * g.float(), dequantize(w)
     m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g if m else g     # beta1 = 0: no m is held
-    size, v_new = size_of(g, v, h, stream(key, 2))
+    root, v_new = second_moment(g, v, h, stream(key, 2))
     # w keeps its scale: a new mean |w| of a ternary w would shrink. Without a spec: no rounding
-    new = (1 - h.decay) * old - h.lr * m_new / (h.bias1 * size)
+    new = (1 - h.decay) * old - h.lr * m_new / (h.bias1 * root)
     new = quantize(new, w.spec, key, scale=w.scale)
     moved = (dequantize(new) != old).sum() if w.spec else None
     put(w, new)
@@ -730,30 +731,26 @@ def adamw_step(w, g, m, v, h, key):
     return moved
 
 
-def direct_step(w, g, e, v, s_moments, h, h_s, key):
+def direct_step(w, g, e, v, m_s, v_s, h, h_s, key):
     """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest.
-    Returns how many codes moved, by row. e, (out, in) as m, adds up a g / sqrt(vhat), a = lr Qp, in
-    levels; its whole part is taken off the code, and the rest stays. A gradient that is weak but
-    steady moves a code in 1 / (a mean(g / sqrt(vhat))) steps, and noise, whose sum grows as a root,
-    in about 1 / a^2. Of q and e, only e is rounded. So q - e is a latent weight, as BitNet has, in
-    few bits, held within a level of the grid; but a code that has moved moves back only after a
-    whole level. Adam steps log s, with s_moments as m and v, so that a step multiplies s.
-    Paper 2 keeps no e and rounds w stochastically. Float sums that move a weight at a threshold are
-    known for Boolean weights (BOLD, 2405.16339; of an average: Bop, 1906.02107) and in evolution
-    strategies (2602.03120). Few bits, Adam's v and all grids of integers are ours."""
+    Returns how many codes moved, by row. e, (out, in) in levels, is stored as m would be; m_s and
+    v_s are Adam's moments of log s, so that a step multiplies s. A gradient that is weak but steady
+    moves a code in 1 / (lr Qp mean(g / sqrt(vhat))) steps, and noise, whose sum grows as a root, in
+    about 1 / (lr Qp)^2. Of q and e, only e is rounded. So q - e is a latent weight, as BitNet has,
+    in few bits, held within a level of the grid; but a code that has moved moves back only after a
+    whole level. Paper 2 keeps no e and rounds w stochastically; README says what else is known."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
-    size, v_new = size_of(g, v, h, stream(key, 2))
-    e_new = dequantize(e) + h.lr * s.top * g / size
+    root, v_new = second_moment(g, v, h, stream(key, 2))
+    e_new = dequantize(e) + h.lr * s.top * g / root
     new = (q - e_new.trunc()).clamp(GRIDS[s.grid].low, GRIDS[s.grid].high)
     e_new = (e_new + new - q).clamp(-1, 1)          # of a code at its end, no more than a level
 
     # dL/dlog s = sum g w over the weights that share it, w = s q as before this step
     slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
-    m_s, v_s = s_moments
-    m_s.lerp_(slope, 1 - h_s.beta1)
-    v_s.lerp_(slope ** 2, 1 - h_s.beta2)
-    r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)          # no 0 / 0
+    m_s.codes.lerp_(slope, 1 - h_s.beta1)
+    v_s.codes.lerp_(slope ** 2, 1 - h_s.beta2)
+    r_s = m_s.codes / h_s.bias1 / ((v_s.codes / h_s.bias2).sqrt() + 1e-18)      # no 0 / 0
     w.scale.mul_((-h_s.lr * r_s).exp())
     w.codes.copy_(pack(in_memory(encode(new, s)), s))
     put(e, quantize(e_new, e.spec, stream(key, 1)))
@@ -790,23 +787,23 @@ def put(old, new):
 class Optimizer:
     """Steps every parameter: the codes and scales of a Linear by direct_step if code_lr > 0, its
     float weight by muon_step if optimizer = 'muon', and all else by adamw_step. adam_m and adam_v
-    are of the weights of Linears. The model is asked for its weights at every step. With `shard`, a
-    process holds and steps its share of the states alone: ZeRO-1, 1910.02054."""
+    are of block linears. The model is asked for its weights at every step. With `shard`, a process
+    holds and steps its share of the states alone: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t, self.moved = model, config, 0, {}
         shared = config.shard and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-        self.weights, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
+        self.parts, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
         specs = spec(config.adam_m), spec(config.adam_v)
-        steps = adamw_step, direct_step, muon_step
+        self.steps = {'adamw': adamw_step, 'direct': direct_step, 'muon': muon_step}
         if compiled:
             # a graph for each shape, however many: dynamic shapes make 4-bit states far slower
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = inductor(STEPS, next(model.parameters()).is_cuda)
-            steps = [torch.compile(f, dynamic=False, options=options) for f in steps]
-        self.adamw, self.direct, self.muon = steps
-        for name, (kind, p, w) in self.weights.items():
+            self.steps = {kind: torch.compile(f, dynamic=False, options=options)
+                          for kind, f in self.steps.items()}
+        for name, (kind, p, w) in self.parts.items():
             # embeddings, whose step is by element, are dealt out by rows; all else has one owner,
             # the rank that holds least so far, and on others a state that is shapes alone
             owners = [*range(self.world)] if kind == 'matrix' else [held.index(min(held))]
@@ -820,9 +817,11 @@ class Optimizer:
             m, v = (quantize(zeros.clone(), s) for s in how)
             if config.beta1 == 0 and kind not in ('direct', 'muon'):
                 m = None
-            # muon has no v; scales that learn have moments of their own
-            of_s = [torch.zeros_like(w.scale, device=device) for _ in 'mv' if kind == 'direct']
-            self.state[name] = [m] if kind == 'muon' else [m, v, *map(QTensor, of_s)]
+            # muon has no v; scales learn, with moments of their own
+            self.state[name] = [m] if kind == 'muon' else [m, v]
+            if kind == 'direct':
+                self.state[name] += [QTensor(torch.zeros_like(w.scale, device=device))
+                                     for _ in range(2)]
             for rank in owners:
                 held[rank] += sum(t.nbytes for t in self.tensors()[name])
 
@@ -832,7 +831,7 @@ class Optimizer:
         for name, p in self.model.named_parameters():
             if name in layers:
                 w = layers[name].stored_weight()
-                kind = 'muon' if c.optimizer == 'muon' and not w.spec else 'linear'
+                kind = 'muon' if c.optimizer == 'muon' else 'linear'
                 kind = 'direct' if c.code_lr > 0 and w.scale is not None else kind
             else:               # embeddings and the head; norms and biases
                 w, kind = QTensor(p.data), 'matrix' if p.dim() > 1 else 'vector'
@@ -842,13 +841,13 @@ class Optimizer:
     def step(self, schedule=1.0, clip=1.0):
         """One step of all by their .grad times `clip`, with learning rates times `schedule`."""
         self.begin(schedule, clip)
-        for name in self.weights:
+        for name in self.parts:
             self.apply(name)
         self.share()
 
     def begin(self, schedule=1.0, clip=1.0):
         """Rates by kind and keys by parameter, on the device: one int32 tensor, floats as bits."""
-        self.weights, self.moved = self.look(), {}
+        self.parts, self.moved = self.look(), {}
         c, self.t = self.config, self.t + 1
         bias1, bias2 = 1 - c.beta1 ** self.t, 1 - c.beta2 ** self.t
         narrow = min(1.0, c.base_width / c.n_embd)
@@ -869,20 +868,16 @@ class Optimizer:
     @torch.no_grad()
     def apply(self, name):
         """Update one parameter by its .grad; if another process owns it, only free its .grad."""
-        (kind, p, w), state, key = self.weights[name], self.state[name], self.keys[name]
+        (kind, p, w), state = self.parts[name], self.state[name]
         if p.grad is None or self.rank not in self.owners[name]:
             p.grad = None
             return
         g, w = self.mine(name, p.grad), w._replace(codes=self.mine(name, w.codes))
         if (rows := len((state[0] or state[1]).codes)) != len(g):   # they are blocks, see __init__
             g, w = g.reshape(rows, -1), QTensor(w.codes.view(rows, -1))
-        if kind == 'direct':
-            m, v, *of_s = state
-            self.moved[name] = self.direct(w, g, m, v, [q.codes for q in of_s],
-                                           self.rates[kind], self.rates['scale'], key)
-        else:
-            step = self.muon if kind == 'muon' else self.adamw
-            self.moved[name] = step(w, g, *state, self.rates[kind], key)
+        rates = [self.rates[k] for k in ((kind, 'scale') if kind == 'direct' else (kind,))]
+        step = self.steps.get(kind, self.steps['adamw'])
+        self.moved[name] = step(w, g, *state, *rates, self.keys[name])
 
     def mine(self, name, t):
         """What this process steps of t, a parameter, its gradient or state: its rows, or all."""
@@ -892,7 +887,7 @@ class Optimizer:
     def share(self):
         """Each process gives all others its share as it is stored: a ternary weight is 2 bits."""
         for name, owners in self.owners.items() if self.world > 1 else ():
-            for t in filter(torch.is_tensor, self.weights[name][2]):
+            for t in filter(torch.is_tensor, self.parts[name][2]):
                 for rank, part in zip(owners, t.tensor_split(len(owners))):
                     dist.broadcast(part.view(-1).view(torch.uint8), rank)
 
@@ -902,7 +897,7 @@ class Optimizer:
         moved += sum(n.sum() for n in self.moved.values() if n is not None)
         if self.world > 1:
             dist.all_reduce(moved)
-        return moved.item() / max(1, sum(p.numel() for _, p, w in self.weights.values() if w.spec))
+        return moved.item() / max(1, sum(p.numel() for _, p, w in self.parts.values() if w.spec))
 
     def tensors(self):
         """{name: [every tensor of its state]}"""
@@ -910,7 +905,8 @@ class Optimizer:
                 for name, state in self.state.items()}
 
     def state_dict(self):
-        """Numbers and tensors only. All processes call it; rank 0 has the whole, in CPU memory."""
+        """Numbers and tensors only: the tensors themselves, or, if sharded, on rank 0 the whole, in
+        CPU memory. All processes call it."""
         state = self.tensors()
         for name, ts in state.items() if self.world > 1 else ():
             found = None if self.rank else [None] * self.world
@@ -982,9 +978,9 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     return QTensor(pack(encode(codes[:, order.argsort()], s), s), s_W, spec=s)
 
 
-def hessian(x, how):
-    """H = 2 mean x x^T over tokens, (in, in) float32, of the x^ that a Linear makes of x."""
-    x = fake_quant(x.flatten(0, -2), how.activations)
+def hessian(x, activations):
+    """H = 2 mean x^ (x^)^T over tokens, (in, in) float32: a Linear quantizes x by `activations`."""
+    x = fake_quant(x.flatten(0, -2), activations)
     return 2 / len(x) * sum(some.T @ some for some in map(torch.Tensor.float, x.split(2 ** 14)))
 
 
@@ -1000,7 +996,7 @@ def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
             raise ValueError(f'{name} is quantized already; GPTQ needs it in full precision')
 
     def look(layer, args):      # before it runs
-        H = hessian(args[0], layer.how)
+        H = hessian(args[0], layer.how.activations)
         layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
 
     with ExitStack() as stack:
@@ -1036,10 +1032,12 @@ def bytes_held(model, optimizer=None):
 
 def level_shares(model):
     """{level: share of the codes} of weights that are stored below 8 bits; {} without any."""
-    low = [levels(m.stored_weight()).flatten() for m in linears(model).values()
-           if m.stored and GRIDS[m.stored.grid].bits < 8]
-    found, n = torch.cat(low or [torch.empty(0)]).unique(return_counts=True)
-    return {f'{level:g}': k / int(n.sum()) for level, k in zip(found.tolist(), n.tolist())}
+    counts = Counter()
+    for m in linears(model).values():
+        if m.stored and GRIDS[m.stored.grid].bits < 8:
+            found, n = levels(m.stored_weight()).unique(return_counts=True)
+            counts.update(dict(zip(found.tolist(), n.tolist())))
+    return {f'{level:g}': n / counts.total() for level, n in sorted(counts.items())}
 
 
 def damage(x, how):
@@ -1048,7 +1046,7 @@ def damage(x, how):
     q = quantize(x, s)
     x_hat, clipped = dequantize(q), 0.0
     noise = (x - x_hat).square().sum()
-    if s.top and q.scale is not None and q.zero is None:
+    if q.scale is not None and q.zero is None:
         y = grouped(x, s) / full_scale(q.scale, q.outer, s) / (1 + 1e-5)
         clipped = ((y < MAPS[s.map].level(GRIDS[s.grid].low)) | (y > s.top)).float().mean().item()
     return {'snr_db': None if noise == 0 else 10 * math.log10(x.square().sum() / noise),

@@ -742,7 +742,7 @@ def test_gptq_goes_through_the_model_layer_by_layer(flavour):
             linears(twin)[before].store_('int3/row', linears(model)[before].stored_weight())
         linears(twin)[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         twin(idx)
-        H = hessian(seen.pop(), linears(twin)[name].how)
+        H = hessian(seen.pop(), linears(twin)[name].how.activations)
         oracle = gptq(linears(full)[name].weight, H, 'int3/row')
         assert all(map(torch.equal, linears(model)[name].stored_weight()[:2], oracle[:2]))
     rtn_(some := gpt(keep='h.0|mlp.c_proj', gradients='int4/row'), 'int3/row')
@@ -1072,7 +1072,7 @@ def test_every_strategy_trains_two_steps(name, small, full, tmp_path, capsys):
     assert first['config']['n_layer'] == 2 and first['versions']['torch'] == torch.__version__
     for i, s in enumerate(steps[:2], 1):
         assert (s['iter'], s['tokens']) == (i, i * 4 * 32) and math.isfinite(s['train_loss'])
-        assert s['tokens_per_s'] > 0 and s['lr'] > 0 and s['peak_memory'] > 1e7
+        assert s['tokens_per_s'] > 0 and s['schedule'] > 0 and s['peak_memory'] > 1e7
     assert len(steps) == 3 * (name != 'gptq') and last['done']
     assert 1 < last['val_loss'] < 7 > last['loss_on_train'] != last['val_loss']
     assert last['val_bpb'] == pytest.approx(last['val_loss'] / math.log(2))
@@ -1096,7 +1096,8 @@ def test_resume_is_bit_for_bit_and_needs_no_flags(strategy, small, tmp_path):
         train.main([*strategy, *small, f'--out_dir={parts}', '--eval_interval=1'])
     resume = [f'--out_dir={parts}', '--init_from=resume']
     train.main(resume)
-    steps = lambda f: [(s['iter'], s['train_loss'], s['lr']) for s in log_of(f) if 'lr' in s]
+    steps = lambda f: [(s['iter'], s['train_loss'], s['schedule'])
+                       for s in log_of(f) if 'schedule' in s]
     assert equal(checkpoint(whole), checkpoint(parts)) and steps(whole) == steps(parts)
     train.main([*resume, '--max_iters=8'])                              # it may grow
     assert checkpoint(parts)['iter'] == 8 and 'beyond' in error(*resume, '--max_iters=7')

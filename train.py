@@ -76,10 +76,10 @@ class Config:
 
     # the optimizer: linear warm-up, cosine to min_lr
     optimizer: str = 'adamw'     # or muon, for full-precision weights of block linears
-    learning_rate: float = 1.5e-3   # of block linears of floats, up to a width of base_width
+    learning_rate: float = 1.5e-3   # of block linears without code_lr, up to a width of base_width
     embedding_lr: float = 6e-3   # of embeddings, head, norms and biases; 0: learning_rate
     base_width: int = 256        # above it learning_rate falls as 1 / n_embd, code_lr as its root
-    min_lr: float = 0.0          # as a fraction of learning_rate
+    min_lr: float = 0.0          # as a fraction of each rate
     warmup_iters: int = 100
     max_iters: int = 2400        # resumed with more, a run follows the schedule of the new length
     weight_decay: float = 0.1    # of matrices, but not of codes that code_lr moves
@@ -375,8 +375,9 @@ class Run:
         self.check_finite(loss, 'val loss')
         bpb = loss / math.log(2) / self.meta['bytes_per_token']
         with torch.compiler.set_stance('force_eager'):               # it hooks into the layers
-            more |= {'val_bpb': bpb, 'health': health(self.model, *self.batch(self.val_data, [0]))}
-        self.line(iter=self.step, tokens=self.step * self.tokens, val_loss=loss, **more)
+            seen = health(self.model, self.batch(self.val_data, [0])[0])
+        self.line(iter=self.step, tokens=self.step * self.tokens, val_loss=loss, val_bpb=bpb,
+                  health=seen, **more)
         return f'val loss {loss:.4f} nats/token, {bpb:.4f} bits/byte'
 
     def save(self):
@@ -497,7 +498,7 @@ class Run:
             peak *= 1 if sys.platform == 'darwin' else 1024
         flips = {'flips': self.optimizer.flips()} if config.stored else {}
         self.line(iter=self.step, tokens=self.step * self.tokens, train_loss=loss,
-                  lr=config.learning_rate * schedule(config, self.step - 1), tokens_per_s=rate,
+                  schedule=schedule(config, self.step - 1), tokens_per_s=rate,
                   **flips, peak_memory=peak)
         bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
         if bar.disable and self.step % (10 * config.log_interval) == 0:

@@ -295,7 +295,7 @@ def check(c, given):
         if type(value) in (int, float) and not least <= value < most:
             fail(f'{key} = {value} must be at least {least}, and below {most:.3g}')
         s = specs[key] = meaning(key, value) if key in SPECS else None
-        if s and key != 'adam_v' and s.grid[0] in 'ur' and s.sign == 'symmetric':
+        if s and key != 'adam_v' and GRIDS[s.grid].low == 0 and s.sign == 'symmetric':
             fail(f"{key} = '{value}' has no negatives; use int, or asymmetric")
     # a key that does nothing is a mistake, but for its default and for what a checkpoint hands on
     for key, others, good in IDLE:

@@ -276,14 +276,14 @@ def strategy(args, inductor, quick=False):
         optimizer = quant.Optimizer(gpt, config, compiled=True)
         optimizer.begin(0.5, 1.0)
         now.launches = 0
-        for name, (kind, p, w) in optimizer.weights.items():
+        for name, (kind, p, w) in optimizer.parts.items():
             if quick and name != 'h.0.mlp.c_fc.weight':
                 continue
             p.grad = torch.empty(p.shape, device='cuda')
             now.label = f'update {kind} {" x ".join(map(str, p.shape))}'
             optimizer.apply(name)
         launches = now.launches
-        optimizer.adamw = optimizer.direct = optimizer.muon = lambda *a: None
+        optimizer.steps = dict.fromkeys(optimizer.steps, lambda *a: None)
         with Eager() as eager:          # the same step, but for its graphs
             optimizer.step(0.5, 1.0)
 
@@ -341,7 +341,8 @@ def numerics():
     results['update ternary'] = differences(
         lambda g, a, b, c, d, e, f, m_s, v_s, h, key: (quant.direct_step(
             QTensor(a, b, spec=w.spec), g, QTensor(c, d, spec=m.spec), QTensor(e, f, spec=v.spec),
-            (m_s, v_s), h, h, key), ), g, *w[:2], *m[:2], *v[:2], *torch.rand(2, 24, 1), h, key)
+            QTensor(m_s), QTensor(v_s), h, h, key), ),
+        g, *w[:2], *m[:2], *v[:2], *torch.rand(2, 24, 1), h, key)
     q, w = quantize(x, 'int8/row'), quantize(torch.randn(96, 128), 'int8/row')
     how = How('int8/row', 'int8/row', 'int8/row/stochastic', backward='fold', compute='codes')
     results['backward on codes'] = differences(

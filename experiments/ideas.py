@@ -15,19 +15,19 @@ from contextlib import contextmanager
 import torch
 
 import quant
-from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, pack, put, quantize, size_of,
-                   stream, uniform)
+from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, pack, put, quantize,
+                   second_moment, stream, uniform)
 
 
 def direct_step(idea):
     """quant.direct_step, and in it an idea that changes what a step does to codes and e."""
-    def step(w, g, e, v, s_moments, h, h_s, key):
+    def step(w, g, e, v, m_s, v_s, h, h_s, key):
         h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
         g, q = h.clip * g.float(), levels(w)                            # (out, in) both
-        size, v_new = size_of(g, v, h, stream(key, 2))
+        root, v_new = second_moment(g, v, h, stream(key, 2))
         if idea == 'sign':
-            size = torch.where(g == 0, 1.0, g.abs())
-        e_new = dequantize(e) + h.lr * s.top * g / size
+            root = torch.where(g == 0, 1.0, g.abs())
+        e_new = dequantize(e) + h.lr * s.top * g / root
         whole = e_new.round() if idea == 'half' else e_new.trunc()
         if idea == 'nothing':
             low = e_new.floor()
@@ -40,10 +40,9 @@ def direct_step(idea):
             e_new = torch.where(e_new.abs() < 1, e_new, 0.0)
 
         slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
-        m_s, v_s = s_moments
-        m_s.lerp_(slope, 1 - h_s.beta1)
-        v_s.lerp_(slope ** 2, 1 - h_s.beta2)
-        r_s = m_s / h_s.bias1 / ((v_s / h_s.bias2).sqrt() + 1e-18)
+        m_s.codes.lerp_(slope, 1 - h_s.beta1)
+        v_s.codes.lerp_(slope ** 2, 1 - h_s.beta2)
+        r_s = m_s.codes / h_s.bias1 / ((v_s.codes / h_s.bias2).sqrt() + 1e-18)
         w.scale.mul_((-h_s.lr * r_s).exp())
         w.codes.copy_(pack(encode(new, s), s))
         put(e, quantize(e_new, e.spec, stream(key, 1)))

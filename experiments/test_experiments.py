@@ -85,12 +85,12 @@ def test_fit_counts_what_a_run_will_hold(small, how):
 
 
 def test_a_curve_shows_what_rounding_does_to_layers(small, tmp_path):
-    train.main(['config/w4a4.py', *small, f'--out_dir={tmp_path}/run'])
+    train.main(['config/w4a4.py', '--quantize_head=True', *small, f'--out_dir={tmp_path}/run'])
     with open(f'{tmp_path}/run/log.jsonl', 'a', encoding='utf-8') as f:
         f.write('{"iter": 7, "train_lo')                                # as if killed
     *_, last, ratios = curve.read(f'{tmp_path}/run/log.jsonl')
     assert 0 < last < 6 and {*ratios} == {'weights', 'activations'}
-    assert len(ratios['weights']) == 8 and all(5 < dB < 40 for dB in ratios['weights'].values())
+    assert len(ratios['weights']) == 9 and all(5 < dB < 40 for dB in ratios['weights'].values())
     pytest.importorskip('matplotlib')
     curve.draw([curve.read(f'{tmp_path}/run/log.jsonl')], tmp_path / 'curve.png')
     assert (tmp_path / 'curve.png').stat().st_size > 10_000
@@ -166,7 +166,7 @@ def test_without_an_idea_the_direct_step_is_that_of_quant():
         layer = torch.nn.ModuleList([quant.Linear(64, 32)])
         quant.rtn_(layer, config.stored)
         optimizer = quant.Optimizer(layer, config)
-        optimizer.direct = step
+        optimizer.steps['direct'] = step
         for i in range(3):
             layer[0].weight.grad = torch.randn(32, 64, generator=rng.manual_seed(i))
             optimizer.step()
