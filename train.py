@@ -17,6 +17,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -562,9 +563,9 @@ def tell_system():
 
 def main(argv):
     """What the command line says, under the lock of out_dir."""
-    config = parse(argv)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     try:
+        config = parse(argv)
         # an evaluation writes nothing, and other ranks are under the lock of rank 0
         with nullcontext() if rank or config.eval_only else locked(config.out_dir):
             if world > 1:
@@ -582,10 +583,10 @@ def main(argv):
     except (ValueError, OSError) as e:      # what does not fit, or cannot be written
         fail(e)
     except (MemoryError, RuntimeError) as e:
-        if 'memory' not in f'{e!r}'.lower():
+        if not re.search('memory|alloc_failed', f'{e!r}', re.IGNORECASE):
             raise                           # a mistake in this program
-        what = 'sequences' if config.ptq else 'batch_size and raise grad_accum'
-        fail(f'out of memory: lower {what} ({str(e)[:99]})', own=True)
+        fail('out of memory: lower batch_size and raise grad_accum, or with ptq lower sequences '
+             f'({str(e)[:99]})', own=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -202,9 +202,10 @@ def locked(out_dir):
         try:
             yield
         finally:
-            if os.listdir(out_dir) == ['.lock']:
-                os.remove(file.name)
-                os.rmdir(out_dir)
+            with suppress(OSError):             # it is gone, or Windows keeps an open file
+                if os.listdir(out_dir) == ['.lock']:
+                    os.remove(file.name)
+                    os.rmdir(out_dir)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -134,8 +134,9 @@ def main(argv, usage, types, write, read):
     """`write` a checkpoint in the other format, or `read` into one, whichever is given."""
     sys.stdout.reconfigure(errors='replace')    # a console need not know every character of a path
     flags = [arg.removeprefix('--type=') for arg in argv if arg.startswith('-')]
-    paths = [os.path.normpath(arg) for arg in argv if arg and arg[0] != '-']
+    paths = [arg for arg in argv if arg and arg[0] != '-']
     source, target = [*paths, '', ''][:2]
+    target = target and os.path.normpath(target)
     out = source.endswith('.pt')
     if len(paths) != 2 or out == target.endswith('.pt') or len(flags) > out or {*flags} - {*types}:
         fail(f'python -m {usage}, with --type={" or ".join(types)} if you like; or back, to a .pt')

@@ -162,11 +162,7 @@ def encoding(meta):
     """
     The tiktoken.Encoding of a tokenizer dict or meta.json. Use its encode_ordinary(text) -> ids
     (so that '<|endoftext|>' in a text stays text), decode(ids) -> text and n_vocab.
-
-    {'tokenizer': 'gpt2'} alone will do; datasets carry the ranks and never need a network.
     """
-    if meta['tokenizer'] == 'gpt2' and 'ranks' not in meta:
-        meta = gpt2_tokenizer()
     ranks = {token.encode('latin-1'): i for i, token in enumerate(meta['ranks'])}
     return tiktoken.Encoding(meta['tokenizer'], pat_str=meta['pattern'],
                              mergeable_ranks=ranks, special_tokens=meta['special'])

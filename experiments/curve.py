@@ -21,9 +21,7 @@ def read(path):
     {tensor: {layer: dB}})."""
     with open(path, encoding='utf-8') as f:
         head, *log = (json.loads(line) for line in f if line.endswith('\n'))   # a whole line
-    c, curves, last = head['config'], {'train_loss': [], 'val_loss': []}, None
-    step = c['batch_size'] * c['grad_accum'] * c['block_size'] * head.get('world', 1)
-    ratios = {}
+    curves, last, ratios = {'train_loss': [], 'val_loss': []}, None, {}
     for line in log:
         last, ratios = line.get('val_loss', last), {} if 'health' in line else ratios
         for layer, seen in line.get('health', {}).items():
@@ -31,7 +29,7 @@ def read(path):
                 if seen.get(kind, {}).get('snr_db') is not None:
                     ratios.setdefault(kind, {})[layer] = seen[kind]['snr_db']
         for key in curves.keys() & line.keys() if 'done' not in line else ():
-            curves[key].append((line.get('tokens', line['iter'] * step), line[key]))
+            curves[key].append((line['tokens'], line[key]))
     return (os.path.dirname(os.path.abspath(path)), head['sha256'], *curves.values(), last,
             ratios)
 

@@ -77,7 +77,7 @@ def vocabulary(config):
     root = folder_of(config.dataset)
     if config.checkpoint:
         n = load(config.checkpoint, train.Config)['tokenizer']['vocab_size']
-    elif os.path.exists(f'{root}/prepare.py') and not os.path.exists(f'{root}/meta.json'):
+    elif config.dataset in ('fineweb', 'openwebtext') and not os.path.exists(f'{root}/meta.json'):
         n = 50257
     else:
         n = read_dataset(root)[2]['vocab_size']

@@ -134,22 +134,22 @@ def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
     val_loss None; any other failure raises RuntimeError with its last words. Of stored codes with
     more levels than three, loss_as_ternary is that of the same model with ternary weights."""
-    given, failed = keys(job.args), ''
-    unfinished = (job.folder / 'ckpt.pt').exists() and not given.get('ptq')
+    given, failed, mark, folder = keys(job.args), '', job.mark, job.folder
+    unfinished = (folder / 'ckpt.pt').exists() and not given.get('ptq')
     args = ['--init_from=resume'] if unfinished else \
         [*plain(job.args), f'--seed={job.seed}', '--sample_tokens=0', '--overwrite=True']
     torch._dynamo.reset()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
             trying(idea(job.args)), probed():
         try:
-            train.main([*args, f'--out_dir={job.folder}'])
+            train.main([*args, f'--out_dir={folder}'])
         except SystemExit as e:
             if e.code == 130:                       # Ctrl-C: no more jobs
                 os._exit(130)
             failed = str(e)
     if failed and ' is nan at ' not in failed and ' is inf at ' not in failed:
         raise RuntimeError(f'{job.name}: {failed}')
-    log = read(job.folder / 'log.jsonl')
+    log = read(folder / 'log.jsonl')
     first, last = log[0], log[-1]
     curve = [[e['iter'], e['flips'] if 'flips' in e else None, e['train_loss']]
              for e in log if 'train_loss' in e]
@@ -161,7 +161,7 @@ def run_one(job):
     if not failed and given.get('stored') and not given.get('ptq') and not coarse:
         run = load(job, '--weights=ternary/row/absmean')
         kept['loss_as_ternary'] = run.evaluate(run.config.final_tokens, run.val_data)
-    return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': job.mark, **kept,
+    return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': mark, **kept,
             'weights': weights(train.Config(**first['config'])),
             'curve': curve[::max(1, len(curve) // 20)], 'evaluations': tests,
             'threads': torch.get_num_threads(),
@@ -220,8 +220,10 @@ def start_worker(threads, free=None):
 def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
     """Train what is not yet in the file `path`, `jobs` at a time, and keep the checkpoints of the
     names in `keep`; returns the results of `todo`. `run` makes a result line of a job, and `cost`
-    says about how many seconds it takes on one core."""
-    done = {r.get('mark') for r in read(path)}
+    says about how many seconds it takes on one core. What fails is said when the rest is done."""
+    if path.exists():       # a full disk leaves a line without its end
+        os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
+    done, failed = {r.get('mark') for r in read(path)}, []
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
     spawn = get_context('spawn')
@@ -237,9 +239,17 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
             tqdm.write(f'{path.name}: {len(missing)} of {len(todo)} runs to train, about '
                        f'{hours:.1f} hours')
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
-                result = future.result()
+                try:
+                    result = future.result()
+                except RuntimeError as e:
+                    if isinstance(e, BrokenProcessPool):
+                        raise
+                    tqdm.write(f'{e}')
+                    failed.append(f'{e}')
+                    continue
                 with open(path, 'a', encoding='utf-8') as f:
                     f.write(json.dumps(result) + '\n')
+                results_of(path, todo)          # of one corpus?
                 if result['mark'] not in keep:
                     shutil.rmtree(pending[future].folder)
                 tqdm.write(f"{result['name']}, seed {result['seed']}: val loss {show(result)}")
@@ -247,6 +257,8 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
             raise SystemExit('stopped; the same command goes on from here') from None
         finally:
             pool.shutdown(cancel_futures=True)
+    if failed:
+        raise SystemExit(f'{len(failed)} of {len(missing)} runs failed: {failed[0]}')
     return results_of(path, todo)
 
 
@@ -274,8 +286,9 @@ def parser_of(doc, seeds=None):
     """Of the options of a program whose runs have seeds: --seeds and --jobs."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, nargs='*', default=seeds)
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
+    parser.add_argument('--seeds', type=int, nargs='+', default=seeds)
+    parser.add_argument('--jobs', type=int, default=2, choices=range(1, 65), metavar='N',
+                        help='runs at a time, sharing the cores')
     os.chdir(ROOT)                                      # where config/ is
     return parser
 
@@ -355,17 +368,17 @@ def decide(claims):
     for rank, i in enumerate(order):
         values, sign, bound = claims[i]
         sure = chances[i] * (len(claims) - rank) < 0.05
-        good = (statistics.mean(values) <= bound) == (sign == '<=')
-        words[i] = 'UNRESOLVED' if not sure else 'PASS' if good else 'FAIL'
         if not sure:
             break               # nor are those after it
+        mean = statistics.mean(values)
+        words[i] = 'PASS' if (mean <= bound if sign == '<=' else mean >= bound) else 'FAIL'
     return [word or 'UNRESOLVED' for word in words]
 
 
 def claim_lines(results, claims):
     """Lines of a markdown table of verdicts; claims [(of, text, a, sign, percent, b)] say that
     loss(a) is so many percent above loss(b), at most or at least."""
-    claims = [c for c in claims if differences(results, c[2], c[5])]
+    claims = [c for c in claims if losses(results, c[2]) and losses(results, c[5])]
     words = decide([(differences(results, a, b), sign, percent)
                     for _, _, a, sign, percent, b in claims])
     lines = ['| of | claim | run, against | | mean and 95 % interval |', '|---|---|---|---|---|']
@@ -385,11 +398,11 @@ def percents(found):
     return f'{mean:+.2f} %{between}'
 
 
-def table(results, reference, names=None):
+def table(results, reference, names):
     """Lines of a markdown table: loss over seeds, difference from `reference`, and bytes."""
     lines = ['| run | seeds | val loss | train loss | difference, 95 % interval | tokens a weight '
              '| bytes: weight + states |', '|---|---|---|---|---|---|---|']
-    for name in names or dict.fromkeys(r['name'] for r in results):
+    for name in names:
         rows = [r for r in results if r['name'] == name]
         values = list(losses(results, name).values())
         if math.inf in values:

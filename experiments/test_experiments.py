@@ -182,7 +182,10 @@ class Here(Executor):
 
     def submit(self, f, job):
         future = Future()
-        future.set_result(f(job))
+        try:
+            future.set_result(f(job))
+        except RuntimeError as e:
+            future.set_exception(e)
         return future
 
 
@@ -240,7 +243,11 @@ def test_an_experiment_goes_on_where_it_stopped(small, elsewhere):
     log, seen = todo[0].folder / 'log.jsonl', []
     whole = log_of(log.parent)[-1]['val_loss']
     log.write_text(''.join(log.open().readlines()[:-1]))                # stopped before the end
-    one, two, three = runs.run_all(path, todo, 1, keep=('one',))
+    with pytest.raises(SystemExit, match='1 of 4 runs failed: bad: error: no dataset'):
+        runs.run_all(path, [runs.Job('bad', [*small, '--dataset=nowhere'], 1), *todo], 1, ['one'])
+    with path.open('a') as f:
+        f.write('{"name"')                                              # a disk was full
+    one, two, three = runs.run_all(path, todo, 1)
     assert three['loss_as_ternary'] != three['val_loss'] > 0            # barely trained
     assert one['val_loss'] == whole                                     # not trained once more
     assert one['val_loss'] > 0 and two['val_loss'] is None and 'is nan at' in two['failed']
@@ -389,6 +396,7 @@ def test_a_verdict_needs_more_than_chance():
     assert runs.chance([0.9, 1.0, 1.1, 1.0], 0.86) == pytest.approx(0.0416, abs=1e-3)
     assert runs.decide([claim]) == ['PASS'] and runs.decide([claim] * 2) == ['UNRESOLVED'] * 2
     assert runs.decide([claim, ([5, 5], '<=', 0)]) == ['PASS', 'FAIL']
+    assert runs.decide([([0, 0], '>=', 0)]) == ['PASS']                 # nothing has changed
 
 
 # ------------------------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ def download(path):
     try:
         with urllib.request.urlopen(URL, timeout=30) as response:
             text = response.read()
+        path.with_suffix('.tmp').write_bytes(text)
+        os.replace(path.with_suffix('.tmp'), path)
     except (OSError, http.client.HTTPException) as error:
         raise SystemExit(f'cannot download tiny shakespeare ({error}): save {URL} as {path}, '
                          'or use --dataset=python, which needs no download') from None
-    path.with_suffix('.tmp').write_bytes(text)
-    os.replace(path.with_suffix('.tmp'), path)
 
 
 def main():
