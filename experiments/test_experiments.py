@@ -210,7 +210,7 @@ from experiments import runs
 def slow(job):
     time.sleep(job.seed)
     job.folder.mkdir(parents=True)
-    return {'name': '', 'seed': job.seed, 'mark': job.mark, 'val_loss': 1.0}
+    return {'name': '', 'seed': job.seed, 'mark': job.mark, 'val_loss': 1.0, 'sha256': ''}
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
