@@ -1019,6 +1019,17 @@ def test_a_bad_flag_is_one_clear_line(flags, says, small, full, tmp_path):
     assert says in error(*args[:first], *small, *args[first:]) and not (tmp_path / 'run').exists()
 
 
+def test_the_readme_adds_a_grid_of_one_bit(small, monkeypatch):
+    source = re.findall(r"^'(?:binary|odd)': .*", (ROOT / 'README.md').read_text('utf-8'), re.M)
+    grid, odd = [eval(f'{{{line.split("#")[0]}}}', vars(quant)) for line in source]
+    for words, new in ((GRIDS, grid), (quant.MAPS, odd)):
+        for word in new:
+            monkeypatch.setitem(words, word, new[word])
+    for field, word in ('grid', 'binary'), ('map', 'odd'):
+        monkeypatch.setitem(quant.WORDS, field, [*quant.WORDS[field], word])
+    train.main([*small, '--weights=binary/row/odd/mse'])
+
+
 @each('arg', '-{} --{}=1 {}.py {}.pt --dataset={} --n_layer={} --device={} --init_from={} '
              '--out_dir={} --learning_rate={}1 --weights={} --weights=int8/{}'.split())
 def test_a_long_argument_gives_a_short_line(arg, small):

@@ -20,7 +20,7 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from quant import FORMATS, GRIDS, WORDS, spec
+from quant import FORMATS, GRIDS, MAPS, WORDS, spec
 
 try:
     import fcntl
@@ -296,7 +296,8 @@ def check(c, given):
         if type(value) in (int, float) and not least <= value < most:
             fail(f'{key} = {value} must be at least {least}, and below {most:.3g}')
         s = specs[key] = meaning(key, value) if key in SPECS else None
-        if s and key != 'adam_v' and GRIDS[s.grid].low == 0 and s.sign == 'symmetric':
+        lowest = MAPS[s.map].level(GRIDS[s.grid].low) if s else -1
+        if lowest >= 0 and key != 'adam_v' and s.sign == 'symmetric':
             fail(f"{key} = '{value}' has no negatives; use int, or asymmetric")
     # a key that does nothing is a mistake, but for its default and for what a checkpoint hands on
     for key, others, good in IDLE:
