@@ -290,6 +290,9 @@ def test_text_to_fine_tune_on_was_never_read(tiny):
     pytest.importorskip('sympy')
     lists = [*map(set, DOCUMENTS('small'))]
     assert all(lists) and not (lists[0] & lists[1] or lists[0] & lists[2] or lists[1] & lists[2])
+    new, val = ({p for text in texts for p in text.split('\n\n')}
+                for texts in DOCUMENTS('smollm2')[1:])
+    assert new and val and not new & val
 
 
 def test_quantized_after_training_and_looked_at(tiny, capsys):
