@@ -3,8 +3,8 @@ Loss against the memory of training, at equal tokens: python -m experiments.memo
 
 For 2, 4 and 8 MB of weights, optimizer states and the largest gradient (each is used at once:
 update_in_backward), the widest model of each recipe, trained on the same tokens, none twice.
-Writes results/memory.jsonl, one line a run, .md and .png. 34 runs: about two hours on
-two cores; finished ones are skipped.
+Writes results/memory.jsonl, one line a run, .md and .png. 34 runs: about three hours
+on two cores; finished ones are skipped.
 """
 import statistics
 from dataclasses import replace
@@ -84,6 +84,7 @@ def draw(points, path):
         for recipe, found in points.items():
             x, y = [p[axis] for p in found], [statistics.mean(p[2]) for p in found]
             panel.plot(x, y, 'o-', color=METHODS[recipe], label=recipe)
+            panel.plot(x, [p[2] for p in found], '.', color=METHODS[recipe], ms=4)
         panel.set(xscale='log', xlabel=label)
     panels[0].set_xticks(MEGABYTES, MEGABYTES)
     panels[0].minorticks_off()

@@ -674,6 +674,19 @@ def test_the_page_has_the_table_of_bits():
         assert losses == ', '.join(f"{r['val_loss']:.3f}" for r in found)
 
 
+def test_the_pages_say_what_was_measured_of_memory():
+    """Losses by seed; and direct ternary is below all but int4, as README says."""
+    results, found = runs.read(runs.RESULTS / 'memory.jsonl'), {}
+    for recipe, *cells in tables('The best use of some memory')[0]:
+        for most, cell in zip(memory.MEGABYTES, cells, strict=True):
+            losses = found[recipe, most] = runs.losses(results, f'{recipe}, {most} MB').values()
+            assert cell == ', '.join(f'{loss:.3f}' for loss in losses)
+    assert len(found) == 18 and sum(map(len, found.values())) == len(results) == 34
+    for recipe in memory.RECIPES.keys() - {'direct ternary', 'direct int4'}:
+        assert all(ours < its for most in memory.MEGABYTES for ours, its in zip(
+            found['direct ternary', most], found[recipe, most]))
+
+
 def test_the_page_has_the_scores_and_claims_of_the_laws():
     lines = (runs.RESULTS / 'scaling.md').read_text(encoding='utf-8').splitlines()
     score, told = tables('Scaling laws')
