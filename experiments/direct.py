@@ -6,10 +6,11 @@ Direct quantized training (paper 2, 2412.04787) against BitNet and full precisio
     python -m experiments.direct --sections hard --size=default       corpus, at 3.7M parameters,
     python -m experiments.direct --sections hard --size=large --seeds 14     and at 41M
 
-Every side has rates of its own, found by tries on seeds 1 to 4 only (section `tune`); what is
-reported are other seeds. No token is read twice. Besides the hard goal: other sides, codes of
-other grids, states in few bits, controls, the ingredients of the direct update, and ideas that are
-not in it.
+First every side tries four rates (BitNet with per-row scales those with momentum and without), on
+seed 1 and the Python corpus, and takes the one that ends lowest; the large size takes those of the
+default size. What is reported are other seeds. No token is read twice. Besides the hard goal: other
+sides, codes of other grids, states in few bits, controls, the ingredients of the direct update, and
+ideas that are not in it.
 Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are
 skipped), .md and .png.
 """
@@ -27,55 +28,68 @@ HOW = dict(zip(SIDES, (
     'config/bitnet.py weights=ternary/row/absmean', 'config/ternary.py',
     'config/baseline.py optimizer=muon init_gain=0.', 'config/bitnet.py', 'config/ternary_int8.py',
     'config/baseline.py stored=bf16/stochastic weight_decay=0 beta1=0. adam_v=rank1')))
-# {side: its tries, with seed 1}: the first of them is what a side takes. Half and twice are of the
-# rate of the size. Still to be made are those of BitNet, of int8 codes, and all but the second of
-# Muon, and at the tiny size all
-TRIES = {
-    ADAMW: ('', 'learning_rate={half}', 'learning_rate={twice}'),
-    PLAIN: ('learning_rate={half}', ''),
-    MUON: ('', 'learning_rate={half}', 'beta1=.95'),
-    BITNET: ('', 'learning_rate={half}', 'learning_rate={twice}'),
-    ROWS: ('', 'learning_rate={half}', 'learning_rate={twice}', 'embedding_lr={more}', 'beta1=0.',
-           'learning_rate={half} beta1=0.'),
-    TERNARY: ('', 'code_lr=.044', 'code_lr=.088', 'code_lr=.044 idea=root'),
-    INT8: ('', 'code_lr=.006', 'code_lr=.024'),
-    BF16: ('learning_rate={half}', '')}
-# how codes are stored: on their own, and under a ternary forward
-GRIDS = 'int3', 'int4', 'int8'
+# grids to store codes in, on their own and under a ternary forward, and their code_lr
+GRIDS = {'int3': 0.04, 'int4': 0.024, 'int8': 0.012}
 
 
-def rows(size='tiny'):
-    """{section: {name: keys for train.py}}; changes are of direct ternary."""
-    rates = {'half': '.75e-3', 'twice': '3e-3', 'more': '12e-3'}
-    if size == 'tiny':
-        rates = {'half': '1.5e-3', 'twice': '6e-3', 'more': '96e-3'}
-    tries = {side: [text.format(**rates) for text in texts] for side, texts in TRIES.items()}
-    if size in ('tiny', 'small'):       # below the default size the higher rate is better
-        tries[PLAIN].reverse()
-        tries[BF16].reverse()
-    sides = {side: f'{HOW[side]} {tries[side][0]}' for side in SIDES}
-    tune = {f'{side} {text}': f'{HOW[side]} {text}' for side in SIDES for text in tries[side]}
-    own = {'stored in int3': 'config/direct4.py stored=int3/row code_lr=.04',       # not tuned
-           'stored in int4': 'config/direct4.py', 'stored in int8': 'config/direct8.py'}
-    ternary = {f'stored in {grid}, ternary forward': f'config/ternary_int8.py stored={grid}/row'
-               for grid in GRIDS}
+def tries(size):
+    """{side: [keys for train.py]}, the first of which it takes as long as none has ended."""
+    rate = 3e-3 if size == 'tiny' else 1.5e-3
+    found = {}
+    for side, how in HOW.items():
+        # without momentum half the rate is better in long runs, and twice the rate in short ones
+        first = 0.5 if side in (PLAIN, BF16) else 1
+        key, middle = {TERNARY: ('code_lr', 0.08), INT8: ('code_lr', GRIDS['int8'])}.get(
+            side, ('learning_rate', rate))
+        found[side] = [f'{how} {key}={middle * x:g}{more}'
+                       for more in ([''] + [' beta1=0.'] * (side == ROWS))
+                       for x in sorted((0.25, 0.5, 1, 2), key=lambda x: x != first)]
+    return found
+
+
+def job(size, dataset, name, text, seed):
+    return Job(name, [*SIZES[size], f'--dataset={dataset}', f'--final_tokens={2 ** 19}',
+                      '--eval_interval=200', *arguments(text)], seed)
+
+
+def every_try(size, sides=SIDES):
+    """The tries of some sides, with seed 1; their names are their keys."""
+    return [job(size, 'python', text, text, 1) for side in sides for text in tries(size)[side]]
+
+
+def chosen(size):
+    """{side: its keys}, of the try that ended lowest."""
+    size = 'default' if size == 'large' else size
+    results = results_of(RESULTS / f'direct-{size}-python.jsonl', every_try(size))
+    return {side: min(texts, key=lambda text: losses(results, text).get(1, math.inf))
+            for side, texts in tries(size).items()}
+
+
+def rows(sides):
+    """{section: {name: keys for train.py}}, with the keys of each side; changes are of direct
+    ternary."""
+    stored = {f'stored in {grid}': f'config/direct8.py stored={grid}/row code_lr={rate}'
+              for grid, rate in GRIDS.items()}
+    ternary = {f'{name}, ternary forward': f'{text} weights=ternary/row/absmean'
+               for name, text in stored.items()}
     changes = {
         'controls': {
             'frozen random ternary': 'code_lr=1e-9 scale_lr=0',
-            'stochastic rounding instead': 'idea=nothing'},
+            'stochastic rounding instead': 'idea=nothing',
+            'the same, fixed scales': 'idea=nothing scale_lr=0',
+            'the same, steps in weight space': 'code_lr=0 stored=ternary/row/absmean/stochastic '
+                                               'beta1=0. adam_m= weight_decay=0'},
         'states': {
             'e and v float32': 'adam_m= adam_v=', 'v 8-bit': 'adam_v=uint8/64/root4',
             'e 8-bit to nearest': 'adam_m=int8/row', 'e 4-bit': 'adam_m=int4/row/stochastic'},
         'around': {
-            'all else in float32': 'dtype=float32 activations= compute=float',
-            'all else in bfloat16': 'dtype=bfloat16 activations= compute=float',
+            'computed in float32': 'dtype=float32 activations= compute=float',
+            'computed in bfloat16': 'dtype=bfloat16 activations= compute=float',
             'activations in fp8': 'activations=fp8/row compute=float',
             'codes not multiplied': 'compute=float'},
         'ingredients': {
             'a code moves at half a level': 'idea=half', 'e is emptied at the ends': 'idea=emptied',
             'fixed scales': 'scale_lr=0', 'no cool-down': 'min_lr=1',
-            'steps in weight space': 'code_lr=0 stored=ternary/row/absmean/stochastic '
-                                     'learning_rate=3e-3 weight_decay=0',
             'scale gain .35': 'init_gain=.35', 'scale gain 1.4': 'init_gain=1.4',
             'one scale per tensor': 'stored=ternary/tensor/absmean'},
         'ideas': {name: f'idea={name}' for name in ('sign', 'root', 'attention')}}
@@ -83,26 +97,30 @@ def rows(size='tiny'):
                 for section, found in changes.items()}
     sections['controls']['as published'] = 'config/dqt_paper.py'
     hard, others = ({side: sides[side] for side in some} for some in (SIDES[:4], SIDES[4:]))
-    return {'hard': hard, 'others': others, 'stored': own, 'ternary forward': ternary, **sections,
-            'tune': tune}
+    return {'hard': hard, 'others': others, 'stored': stored, 'ternary forward': ternary,
+            **sections}
 
 
-CLAIMS = [  # (of paper 2 or ours, what it says, a, '<=' or '>=', percent, b)
-    ('ours', 'direct ternary is no worse than BitNet', TERNARY, '<=', 0, BITNET),
-    ('ours', 'nor than BitNet with per-row scales', TERNARY, '<=', 0, ROWS),
-    ('ours', 'nor than AdamW in full precision', TERNARY, '<=', 0, ADAMW),
-    ('ours', 'nor than that without momentum', TERNARY, '<=', 0, PLAIN),
+CLAIMS = [  # (family, what it says, a, '<=' or '>=', percent, b); of paper 2 some, by our update
+    ('goal', 'direct ternary is no worse than BitNet', TERNARY, '<=', 0, BITNET),
+    ('goal', 'nor than BitNet with per-row scales', TERNARY, '<=', 0, ROWS),
+    ('goal', 'nor than AdamW in full precision', TERNARY, '<=', 0, ADAMW),
+    ('goal', 'nor than that without momentum', TERNARY, '<=', 0, PLAIN),
+    ('goal', 'nor than that in bfloat16', TERNARY, '<=', 0, BF16),
+    ('goal', 'nor than Muon', TERNARY, '<=', 0, MUON),
     ('2', 'ternary converges', TERNARY, '<=', -5, 'frozen random ternary'),
+    ('2', 'so it does as published', 'as published', '<=', -5, 'frozen random ternary'),
     ('2', '8-bit is on par with BitNet', 'stored in int8', '<=', 1, BITNET),
-    ('2', 'an 8-bit model can infer with ternary weights', 'stored in int8, as ternary', '<=', 5,
-     'stored in int8'),
-    ('2', 'bfloat16 around it costs nothing', 'all else in bfloat16', '<=', 1,
-     'all else in float32'),
-    ('2', 'nor does fp8', 'activations in fp8', '<=', 1, 'all else in float32'),
+    ('2', 'an 8-bit model, with scales by the largest weight, can infer with ternary weights',
+     'stored in int8, as ternary', '<=', 5, 'stored in int8'),
+    ('2', 'to compute in bfloat16 costs nothing', 'computed in bfloat16', '<=', 1,
+     'computed in float32'),
+    ('2', 'nor does fp8', 'activations in fp8', '<=', 1, 'computed in float32'),
     ('ours', 'multiplying codes changes nothing', TERNARY, '<=', 0.5, 'codes not multiplied'),
-    ('ours', 'code units beat weight space', TERNARY, '<=', 0, 'steps in weight space'),
     ('ours', 'what has not moved a code yet is worth keeping', TERNARY, '<=', 0,
      'stochastic rounding instead'),
+    ('ours', 'without it, code units beat weight space', 'the same, fixed scales', '<=', 0,
+     'the same, steps in weight space'),
     ('ours', 'a whole level, not half of one', TERNARY, '<=', 0, 'a code moves at half a level'),
     ('ours', 'learned scales help', TERNARY, '<=', 0, 'fixed scales'),
     ('ours', '4-bit e is free', 'e 4-bit', '<=', 1, TERNARY),
@@ -117,10 +135,11 @@ def draw(results, path):
     from experiments.figures import METHODS, pyplot
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4.2))
 
-    def points(names):
+    def points(names, seeds=None):
         """(bytes, mean loss, half of its interval) of those that ran and ended."""
         for name in names:
-            values = list(losses(results, name).values())
+            found = losses(results, name)
+            values = [found[seed] for seed in seeds or found if seed in found]
             if values and math.inf not in values:
                 size = next(r for r in results if r['name'] == name)['bytes']['linear']
                 mean, half = interval(values)
@@ -129,8 +148,9 @@ def draw(results, path):
     for name in SIDES:
         for x, y, half in points([name]):
             left.errorbar(x, y, half, fmt='o', capsize=2, color=METHODS[name], label=name)
+    first = [result['seed'] for result in results[:1]]       # all rows have it
     for section, mark in ('stored', 's-'), ('ternary forward', 'D-'):
-        if found := [*zip(*points(rows()[section]))]:
+        if found := [*zip(*points(rows(HOW)[section], first))]:
             left.plot(*found[:2], mark, color='0.6', lw=1, label=f'{section}: int3, 4, 8')
     left.set(xscale='log', xlabel='bytes that a weight and its states hold',
              ylabel='validation loss, nats/token', title='Loss against bytes')
@@ -156,40 +176,48 @@ def draw(results, path):
     figure.savefig(path)
 
 
-def jobs_of(size, dataset, seeds=None):
+def jobs_of(size, dataset, seeds=(14, 15, 16, 17, 18)):
     """{section: [Job]}. A row that no claim is about has the first seed alone."""
-    sections, of = rows(size), {'hard': seeds or [14, 15, 16, 17, 18], 'tune': [1]}
-    base = [*SIZES[size], f'--dataset={dataset}', f'--final_tokens={2 ** 19}',
-            '--eval_interval=200']
-    claimed = {*sections['hard'], *(name for claim in CLAIMS for name in (claim[2], claim[5]))}
-    return {section: [Job(name, [*base, *arguments(text)], seed)
-                      for i, seed in enumerate(of.get(section, seeds or [14, 15, 16]))
-                      for name, text in found.items() if i == 0 or name in claimed]
-            for section, found in sections.items()}
+    claimed = {name for claim in CLAIMS for name in (claim[2], claim[5])}
+    return {section: [job(size, dataset, name, text, seed) for seed in seeds
+                      for name, text in found.items() if seed == seeds[0] or name in claimed]
+            for section, found in rows(chosen(size)).items()}
 
 
 def main(options):
-    stem, sections = RESULTS / f'direct-{options.size}-{options.dataset}', rows(options.size)
-    jobs = jobs_of(options.size, options.dataset, options.seeds)
-    path = stem.with_suffix('.jsonl')
-    run_all(path, [job for section in options.sections for job in jobs[section]], options.jobs)
-    results = results_of(path, [job for section in jobs.values() for job in section])
+    size, path = options.size, lambda dataset: RESULTS / f'direct-{options.size}-{dataset}.jsonl'
+    if size != 'large':
+        sides = [side for section, found in rows(HOW).items() if section in options.sections
+                 for side in found if side in SIDES] + [TERNARY]
+        run_all(path('python'), every_try(size, sides), options.jobs)
+    jobs = jobs_of(size, options.dataset, options.seeds)
+    run_all(path(options.dataset), [job for section in options.sections for job in jobs[section]],
+            options.jobs)
+    results = results_of(path(options.dataset), sum(jobs.values(), []))
+    tried = results_of(path('python'), every_try(size))
     inferred = [{**r, 'name': f'{r["name"]}, as ternary', 'val_loss': r['loss_as_ternary']}
-                for r in results if 'loss_as_ternary' in r]
-    lines = [f'# Direct training, {options.size} size, {options.dataset} corpus', '',
-             *claim_lines(results + inferred, CLAIMS)]
-    for section, names in {**sections, 'as ternary': [r['name'] for r in inferred]}.items():
-        if names := [name for name in dict.fromkeys(names) if losses(results + inferred, name)]:
-            reference = ROWS if section in ('hard', 'others', 'tune') else TERNARY
+                for r in results if r['name'] == 'stored in int8']
+    lines = [f'# Direct training, {size} size, {options.dataset} corpus']
+    for family in dict.fromkeys(claim[0] for claim in CLAIMS):
+        told = claim_lines(results + inferred, [claim for claim in CLAIMS if claim[0] == family])
+        lines += ['', *told] if len(told) > 2 else []
+    for section, names in rows(HOW).items():
+        if names := [name for name in names if losses(results, name)]:
+            reference = ROWS if section in ('hard', 'others') else TERNARY
             lines += ['', f'**{section}**, differences from {reference}', '',
-                      *table(results + inferred, reference, names)]
+                      *table(results, reference, names)]
+    if tried:
+        lines += ['', '**tries**, seed 1 of python', '',
+                  *table(tried, None, dict.fromkeys(r['name'] for r in tried))]
+    stem = path(options.dataset).with_suffix('')
     report(stem, lines)
     draw(results, stem.with_suffix('.png'))
 
 
 if __name__ == '__main__':
-    parser = parser_of(__doc__)
-    parser.add_argument('--size', choices=SIZES, default='tiny')
+    parser = parser_of(__doc__, [14, 15, 16, 17, 18])
+    parser.add_argument('--size', choices=[size for size in SIZES if size != 'gpt2'],
+                        default='tiny')
     parser.add_argument('--dataset', choices=('python', 'sympy'), default='python')
-    parser.add_argument('--sections', nargs='*', choices=rows(), default=[*rows()])
+    parser.add_argument('--sections', nargs='*', choices=rows(HOW), default=[*rows(HOW)])
     main(parser.parse_args())

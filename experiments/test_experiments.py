@@ -112,12 +112,12 @@ def test_every_row_of_an_experiment_is_a_run(monkeypatch):
     monkeypatch.setattr(train, 'dry_run', step)
     for size in runs.SIZES.values():
         train.parse(size)
-    for program in pretraining, direct:
-        names = [name for section in program.rows().values() for name in section]
+    for program, found in (pretraining, pretraining.rows()), (direct, direct.rows(direct.HOW)):
+        names = [name for section in found.values() for name in section]
         assert len(set(names)) == len(names)
         claimed = {c[i].removesuffix(', as ternary') for c in program.CLAIMS for i in (2, 5)}
         assert claimed <= {*names, pretraining.ROUNDED}
-        for section in program.rows().values():
+        for section in found.values():
             for text in section.values():
                 train.parse(runs.plain(runs.arguments(text)))
     todo = [*scaling.rows(held=False), *scaling.rows(held=True)]
@@ -156,6 +156,25 @@ def test_an_idea_moves_ternary_codes_and_leaves_no_trace(name, small, tmp_path):
     assert 0 < sum(line.get('flips', 0) for line in log_of(tmp_path / 'run')) < 1
     weights = torch.load(tmp_path / 'run' / 'ckpt.pt', weights_only=True)['model']
     assert all(p.abs().max() < 2 for k, p in weights.items() if not k.endswith('codes'))
+
+
+def test_a_side_takes_the_rate_that_ends_lowest(tmp_path, monkeypatch):
+    """Of as many tries as the others, but twice as many for BitNet with per-row scales."""
+    monkeypatch.setattr(direct, 'RESULTS', tmp_path)
+    for size in 'tiny', 'default':
+        every = direct.tries(size)
+        assert {side: len({job.mark for job in direct.every_try(size, [side])}) for side in every} \
+            == {side: 8 if side == direct.ROWS else 4 for side in direct.SIDES}
+        assert direct.chosen(size) == {side: texts[0] for side, texts in every.items()}
+    assert 'beta1=0. learning_rate=0.00075' in direct.chosen('large')[direct.PLAIN]
+    lines = [{'name': 'old', 'seed': 1, 'mark': job.mark, 'val_loss': loss, 'sha256': ''}
+             for side in direct.SIDES for job, loss in zip(
+                 direct.every_try('default', [side]), (3, None, 1, 2))]
+    (tmp_path / 'direct-default-python.jsonl').write_text(
+        ''.join(json.dumps(line) + '\n' for line in lines))
+    assert direct.chosen('large') == {side: texts[2] for side, texts in every.items()}
+    names = [job.name for job in direct.jobs_of('large', 'sympy', [14, 15])['hard']]
+    assert names == 2 * [*direct.SIDES[:4]]
 
 
 def test_without_an_idea_the_direct_step_is_that_of_quant():
