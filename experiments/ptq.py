@@ -76,15 +76,12 @@ WAY = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5      # from the trained weights to those 
 def documents(model):
     """Three lists of documents: to train on, new ones, and to measure on. Of the files to train on
     every tenth is new: the base does not get it. What SmolLM2 has read is not known; of sympy and
-    of pydoc_data.topics, it gets as many characters as the shorter one has, and is measured on
-    paragraphs alone that it did not get."""
+    of pydoc_data.topics, it gets as many characters as the shorter one has."""
     texts = pretrained.documents()
     if '.pt' not in PLANS[model].start:
         old, val = texts['python']
         return [text for i, text in enumerate(old) if i % 10], old[::10], val
     new, val = (['\n'.join(part) for part in both] for both in zip(*texts.values()))
-    known = {paragraph for text in new for paragraph in text.split('\n\n')}
-    val = ['\n\n'.join(p for p in text.split('\n\n') if p not in known) for text in val]
     return [], *([text[:min(map(len, part))] for text in part] for part in (new, val))
 
 

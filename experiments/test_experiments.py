@@ -310,7 +310,7 @@ def test_text_to_fine_tune_on_was_never_read(tiny):
     lists = [*map(set, DOCUMENTS('small'))]
     assert all(lists) and not (lists[0] & lists[1] or lists[0] & lists[2] or lists[1] & lists[2])
     new, val = ({p for text in texts for p in text.split('\n\n')}
-                for texts in DOCUMENTS('smollm2')[1:])
+                for texts in pretrained.documents()['english'])
     assert new and val and not new & val
 
 
