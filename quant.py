@@ -66,7 +66,7 @@ WORDS = {  # field of Spec: its words; a block size, any number, is the other ki
     'map': list(MAPS), 'sign': ['symmetric', 'asymmetric'], 'rotation': ['hadamard'],
 }
 TINY = 2.0 ** -126      # the least scale: no quotient is 0 / 0
-INT_MM_CPU = 'AVX' in torch.backends.cpu.get_cpu_capability()   # else int8 matmuls are plain loops
+INT_MM_CPU = 'AVX512' in torch.backends.cpu.get_cpu_capability()    # else it is plain loops
 
 
 @dataclass(frozen=True)

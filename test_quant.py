@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -354,7 +355,10 @@ def test_multiplying_codes_is_multiplying_what_they_stand_for(w, a, n, n_in, n_o
     assert all(map(close, way(compute='codes'), way(compute='float'), [error] * 3))
 
 
-def test_integer_matmuls_are_exact(monkeypatch):
+def test_integer_matmuls_are_exact_and_fast(monkeypatch):
+    a, b = torch.randint(-128, 128, (2, 1024, 256), dtype=torch.int8)
+    best = lambda f: min(timeit.repeat(f, number=1, repeat=9))
+    assert best(lambda: quant.int_matmul(a, b)) < 4 * best(lambda: a.float() @ b.float().T)
     a, b = (torch.randint(-128, 128, (5, 140000), dtype=torch.int8) for _ in 'ab')
     a[0], b[0] = -128, -128                                             # 2^31 and more: overflows
     for n, fast in itertools.product((140000, 1000), (True, False)):

@@ -223,7 +223,14 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
     says about how many seconds it takes on one core. What fails is said when the rest is done."""
     if path.exists():       # a full disk leaves a line without its end
         os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
-    done, failed = {r.get('mark') for r in read(path)}, []
+    old, failed = read(path), []
+    done = {r.get('mark') for r in old}
+    missing = {job.mark: job for job in todo if job.mark not in done}          # each once
+    there = {r['dtype'] for r in old if 'dtype' in r and 'dtype' not in keys(r['args'])}
+    here = train.pick_dtype(train.Config(), train.pick_device(train.Config()))
+    if missing and there - {str(here).removeprefix('torch.')}:
+        raise SystemExit(f"{path} was computed in {', '.join(there)}, and here it would be {here}:"
+                         ' go on where it began, or move the file away to begin anew')
     threads = max(1, cores() // jobs)
     path.parent.mkdir(exist_ok=True)
     spawn = get_context('spawn')
@@ -231,7 +238,6 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
     for i in range(jobs * threads):
         free.put(i % cores())
     with ProcessPoolExecutor(jobs, spawn, start_worker, (threads, free)) as pool:
-        missing = {job.mark: job for job in todo if job.mark not in done}      # each once
         keep = {job.mark for job in todo if job.name in keep}
         pending = {pool.submit(run, job): job for job in missing.values()}
         try:

@@ -274,6 +274,12 @@ def test_an_experiment_goes_on_where_it_stopped(small, elsewhere):
     todo[1] = todo[1]._replace(name='renamed')
     again = runs.run_all(path, todo, 1, run=seen.append)
     assert again == [one, {**two, 'name': 'renamed'}, three] and not seen
+    with path.open('a') as f:                                           # on another machine
+        print(json.dumps({**one, 'mark': '', 'args': [], 'dtype': 'another'}), file=f)
+    runs.run_all(path, todo, 1, run=seen.append)
+    with pytest.raises(SystemExit, match='was computed in another, and here it would be'):
+        runs.run_all(path, [*todo, todo[0]._replace(seed=2)], 1, run=seen.append)
+    assert not seen
 
 
 @pytest.fixture
