@@ -93,13 +93,13 @@ def keys(args):
 
 
 def machine():
-    """Processor and cores, as a string for the result files."""
+    """Processor, cores and vector units, as a string for the result files."""
     name = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo', encoding='utf-8') as f:
             names = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
         name = names[0] if names else name
-    return f'{name}, {os.cpu_count()} cores'
+    return f'{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def cores():
