@@ -326,10 +326,10 @@ def encode(c, s):
         return c.to(grid.dtype)
     if not grid.float:
         return (c - grid.low).to(torch.uint8)
-    # exponent and mantissa stand in the bits of float32, whose smallest exponent is -126
+    # exponent and mantissa are bits of float32, whose least exponent is -126; a nan's are cut
     mantissa, exponent = grid.float
     i = (c.abs() * 2.0 ** (-126 - exponent)).view(torch.int32) >> (23 - mantissa)
-    return (i + (c < 0) * 2 ** (grid.bits - 1)).to(torch.uint8)
+    return ((i + (c < 0) * 2 ** (grid.bits - 1)) & (2 ** grid.bits - 1)).to(torch.uint8)
 
 
 def levels(q):
@@ -348,38 +348,30 @@ def levels(q):
 
 
 def pack(c, s):
-    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8). A code is cut into
-    fields of 4, 2, 1 bits, low bits first, 6 = 4 + 2; of n bytes, byte j has fields j, j + n .."""
-    if GRIDS[s.grid].bits > 7:
+    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8)."""
+    bits = GRIDS[s.grid].bits
+    if bits > 7:
         return c
-    fields = []
-    for width in (w for w in (4, 2, 1) if GRIDS[s.grid].bits & w):
-        per_byte = 8 // width
-        if c.shape[-1] % per_byte:
-            raise ValueError(f'{per_byte} codes of {s.grid} to a byte do not divide a last axis '
-                             f'of {c.shape[-1]}; choose another grid or size')
-        digits = (c & (2 ** width - 1)).unflatten(-1, (per_byte, -1)).int()
-        fields.append((digits << shifts(width, c)).sum(-2, dtype=torch.int32).to(torch.uint8))
-        c = c >> width
-    return torch.cat(fields, -1) if len(fields) > 1 else fields[0]
+    if c.shape[-1] * bits % math.lcm(bits, 8):
+        raise ValueError(f'{8 // math.gcd(bits, 8)} codes of {s.grid}, which fill bytes, do not '
+                         f'divide a last axis of {c.shape[-1]}; choose another grid or size')
+    return regroup(c, bits, 8).to(torch.uint8)
 
 
 def unpack(codes, s):
-    """The codes that `pack` put into bytes, from 0 up, int32 (..., C); what was not, as it is."""
-    bits, c, shift = GRIDS[s.grid].bits, 0, 0
-    if bits > 7 or codes.dtype != torch.uint8:
-        return codes
-    widths = [w for w in (4, 2, 1) if bits & w]
-    sizes = [codes.shape[-1] * w // bits for w in widths]           # bytes of a field
-    for width, field in zip(widths, codes.split(sizes, -1) if len(sizes) > 1 else [codes]):
-        digits = (field.int().unsqueeze(-2) >> shifts(width, codes)) & (2 ** width - 1)
-        c, shift = c + (digits.flatten(-2) << shift), shift + width
-    return c
+    """The codes that `pack` put into bytes, from 0 up, int (..., C); what was not, as it is."""
+    bits = GRIDS[s.grid].bits
+    return regroup(codes, 8, bits) if bits < 8 and codes.dtype == torch.uint8 else codes
 
 
-def shifts(width, like):
-    """The bits at which the digits of a byte begin, int32 (8 / width, 1): computed, not loaded."""
-    return width * torch.arange(8 // width, dtype=torch.int32, device=like.device).unsqueeze(-1)
+def regroup(x, a, b):
+    """The bits of numbers of a bits (..., C) as numbers of b bits (..., C a / b). Those of n / a
+    numbers, C a / n apart, low bits first, are one of n bits, which is cut into n / b."""
+    n = math.lcm(a, b)
+    # computed, not loaded
+    digits = torch.arange(n, dtype=torch.int32 if n < 32 else torch.int64, device=x.device)
+    whole = (x.unflatten(-1, (n // a, -1)) << digits[::a, None]).sum(-2, dtype=digits.dtype)
+    return ((whole.unsqueeze(-2) >> digits[::b, None]) & (2 ** b - 1)).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------------------
