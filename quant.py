@@ -265,13 +265,12 @@ def find_scale(x, s, weight=1.0):
         # e4m3 goes from 2^-9 to 448; the outer scale brings the largest of all to 448
         outer = (size.amax() / (top * 448)).clamp(min=TINY)
         return (size / top / outer).clamp(min=2.0 ** -9).to(torch.float8_e4m3fn), None, outer
+    top = 4 if s.format == 'mxfp4' else top                         # fp4's largest power of two
     scale = (size / top).clamp(min=TINY)
-    if s.format == 'mxfp4':
-        scale = (power_of_two(size) / 4).clamp(min=TINY)            # fp4's largest power of two
     if s.format == 'mxfp8':
         # up: one that is rounded down clips, which costs more than the finer steps give
-        scale = power_of_two(scale) * torch.where(scale > power_of_two(scale), 2, 1)
-    # the byte of its exponent, which is what e8m0 is: torch 2.13 does not compile that on a CPU
+        scale = scale * (2 - 2 ** -23)
+    # the byte of its exponent, so rounded down, is e8m0: torch 2.13 does not compile that on a CPU
     return (scale.view(torch.int32) >> 23).to(torch.uint8) if s.format else scale, None, None
 
 
@@ -294,19 +293,15 @@ def least_error(x, size, s, weight):
     return best
 
 
-def power_of_two(x):
-    """2^floor(log2 |x|), exact: the exponent bits of float32 alone."""
-    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-
-
 def round_to(y, s, key):
     """y = x / s on the grid: integer codes, as float32; of a float grid the rounded y itself."""
     grid = GRIDS[s.grid]
     u = uniform(y, key) if s.rounding == 'stochastic' else None
     if grid.float:
-        # between two powers of two the numbers of the grid are equally spaced
+        # between powers of two, the exponent bits of float32 alone, its numbers are equally spaced
         mantissa, exponent = grid.float
-        spacing = power_of_two(y).clamp(2.0 ** exponent, grid.high) * 2.0 ** -mantissa
+        power = (y.view(torch.int32) & 0x7F800000).view(torch.float32)
+        spacing = power.clamp(2.0 ** exponent, grid.high) * 2.0 ** -mantissa
         y = y / spacing                                             # exact
         y = y.round() if u is None else y.floor() + (u < y - y.floor()).float()
         return (y * spacing).clamp(grid.low, grid.high)
