@@ -178,7 +178,7 @@ def quantize(x, how, key=0, scale=None, packed=True):
     asymmetric, q = clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s
     - Qn), min <= 0 <= max (paper 1). x (..., C) is taken to float32; without `how`, a Spec or its
     string, it is stored as it is. A `scale` that is given is kept. Unless `packed`, codes below 8
-    bits are int8, q - Qn, of fp4 float32. Raises ValueError if blocks or bytes do not divide C."""
+    bits stay float32. Raises ValueError if blocks or bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -193,11 +193,9 @@ def quantize(x, how, key=0, scale=None, packed=True):
     c = round_to(y if zero is None else y - zero, s, key)
     if s.map == 'root4':    # sqrt(v) divides: what is positive must not become zero
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
-    if not packed and s.grid == 'fp4':
-        codes = c.reshape(x.shape)      # encoding and decoding would take most of the time
-    else:
-        codes = encode(c, s).reshape(x.shape)
-        codes = pack(codes, s) if packed or GRIDS[s.grid].bits > 7 else codes.to(torch.int8)
+    codes = c.reshape(x.shape)
+    if packed or GRIDS[s.grid].bits > 7:    # encoding and decoding would take most of the time
+        codes = pack(encode(codes, s), s)
     return QTensor(codes, scale, zero, outer, s)
 
 
@@ -331,8 +329,8 @@ def levels(q):
     """The number that each code stands for, float32, before the scale."""
     grid, level = GRIDS[q.spec.grid], MAPS[q.spec.map].level
     c = unpack(q.codes, q.spec)
-    if c.dtype == torch.float32:        # of fp4 that was not packed
-        return c
+    if c.dtype == torch.float32:        # that were not packed
+        return level(c)
     if grid.bits > 7 or not grid.float:
         return level(c.float() + (grid.low if grid.bits < 8 else 0))
     # the bits of a float32 again, and the sign above them
@@ -437,8 +435,7 @@ def matmul(a, b, codes, dtype, bias=None):
 
 def codes_of(q):
     """One code an element, int8 or fp8, of a grid whose codes can be multiplied."""
-    grid = GRIDS[q.spec.grid]
-    return q.codes if grid.bits > 7 else unpack(q.codes, q.spec).to(torch.int8) + int(grid.low)
+    return q.codes if GRIDS[q.spec.grid].bits > 7 else levels(q).to(torch.int8)
 
 
 def int_matmul(a, b):
