@@ -327,12 +327,12 @@ def encode(c, s):
 
 def levels(q):
     """The number that each code stands for, float32, before the scale."""
-    grid, level = GRIDS[q.spec.grid], MAPS[q.spec.map].level
-    c = unpack(q.codes, q.spec)
-    if c.dtype == torch.float32:        # that were not packed
-        return level(c)
-    if grid.bits > 7 or not grid.float:
-        return level(c.float() + (grid.low if grid.bits < 8 else 0))
+    c, grid, level = q.codes, GRIDS[q.spec.grid], MAPS[q.spec.map].level
+    if grid.bits > 7 or c.dtype == torch.float32:       # nothing is packed
+        return level(c.float())
+    c = regroup(c, 8, grid.bits)
+    if not grid.float:
+        return level(c.float() + grid.low)
     # the bits of a float32 again, and the sign above them
     mantissa, exponent = grid.float
     i = (c.int() & (2 ** (grid.bits - 1) - 1)) << (23 - mantissa)
@@ -349,12 +349,6 @@ def pack(c, s):
         raise ValueError(f'{8 // math.gcd(bits, 8)} codes of {s.grid}, which fill bytes, do not '
                          f'divide a last axis of {c.shape[-1]}; choose another grid or size')
     return regroup(c, bits, 8).to(torch.uint8)
-
-
-def unpack(codes, s):
-    """The codes that `pack` put into bytes, from 0 up, int (..., C); what was not, as it is."""
-    bits = GRIDS[s.grid].bits
-    return regroup(codes, 8, bits) if bits < 8 and codes.dtype == torch.uint8 else codes
 
 
 def regroup(x, a, b):
