@@ -789,7 +789,7 @@ class Optimizer:
             how = [None if kind in ('matrix', 'vector') else s for s in specs]
             zeros = torch.zeros(self.mine(name, p).shape, device=device)
             block, same = (s.group if s else '' for s in how)
-            if kind == 'linear' and not w.spec and block == same and isinstance(block, int):
+            if kind == 'adamw' and not w.spec and block == same and isinstance(block, int):
                 # m and v in like blocks: `apply` has w, g, m and v as rows of one block each
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
@@ -809,8 +809,7 @@ class Optimizer:
         for name, p in self.model.named_parameters():
             if name in layers:
                 w = layers[name].stored_weight()
-                kind = 'muon' if c.optimizer == 'muon' else 'linear'
-                kind = 'direct' if c.code_lr > 0 and w.scale is not None else kind
+                kind = 'direct' if c.code_lr > 0 and w.scale is not None else c.optimizer
             else:               # embeddings and the head; norms and biases
                 w, kind = QTensor(p.data), 'matrix' if p.dim() > 1 else 'vector'
             weights[name] = kind, p, w
@@ -832,8 +831,8 @@ class Optimizer:
         lr, code_lr = schedule * c.learning_rate * narrow, schedule * c.code_lr * narrow ** 0.5
         others = schedule * (c.embedding_lr or c.learning_rate)
         kinds = {'direct': (code_lr, 0.0), 'scale': (schedule * c.scale_lr, 0.0),
-                 **dict.fromkeys(('muon', 'linear'), (lr, c.weight_decay)),
-                 'matrix': (others, c.weight_decay), 'vector': (others, 0.0)}
+                 c.optimizer: (lr, c.weight_decay), 'matrix': (others, c.weight_decay),
+                 'vector': (others, 0.0)}
         rates = [Rates(lr, lr * decay, c.beta1, c.beta2, bias1, bias2, c.eps, clip)
                  for lr, decay in kinds.values()]
         keys = [noise_key(c.seed, self.t, i) for i in range(len(self.state))]

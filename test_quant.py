@@ -595,11 +595,11 @@ def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
         assert len(state) == 2 - (block and kind == 'muon')
         assert len(state) == 1 or close(step, torch.tensor(1e-3 * narrow if block else 0.5), 1e-2)
     optimizer.begin(0.25)       # a quarter of all rates
-    assert [optimizer.rates[k][0].item() for k in ('direct', 'scale', 'linear')] == pytest.approx(
+    assert [optimizer.rates[k][0].item() for k in ('direct', 'scale', kind)] == pytest.approx(
         [0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
     model.config.base_width = 1000      # narrower than that, rates are as they are
     optimizer.begin()
-    rates = [optimizer.rates[kind][0].item() for kind in ('direct', 'linear')]
+    rates = [optimizer.rates[k][0].item() for k in ('direct', kind)]
     assert rates == pytest.approx([0.8, 1e-3])
 
 
