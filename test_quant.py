@@ -879,33 +879,27 @@ def test_generated_code_is_eager(how):
     torch.testing.assert_close(*results)
 
 
-@pytest.fixture
-def capture(monkeypatch):
-    """torch.compile captures whole graphs but generates no code, and counts them."""
-    from torch._dynamo.backends.debugging import aot_eager as eager
+@each('args', [['config/everything.py', '--adam_v=rank1'], [
+    'config/bitnet.py', '--optimizer=muon', '--adam_m=int4/64/sqrt']], ids=str)
+def test_compiled_is_eager(args, small, monkeypatch):
+    """Whole graphs, equal bits; no new code after the third step, nor for an evaluation."""
+    from torch._dynamo.backends.debugging import aot_eager as eager     # generates no code
     graphs, compile = [], torch.compile
     backend = lambda graph, inputs: graphs.append(graph) or eager(graph, inputs)
     monkeypatch.setattr(torch, 'compile', lambda f=None, dynamic=False, **options: compile(
         f, backend=backend, fullgraph=True, dynamic=dynamic))
     torch._dynamo.reset()
-    return graphs
-
-
-@each('args', [['config/everything.py', '--adam_v=rank1'], [
-    'config/bitnet.py', '--optimizer=muon', '--adam_m=int4/64/sqrt']], ids=str)
-def test_compiled_is_eager(args, small, capture):
-    """Whole graphs, equal bits; no new code after the third step, nor for an evaluation."""
     args, ends = [*args, *small, '--n_layer=1', '--n_kv_head=1', '--overwrite=True'], []
     for how in ('no', 'yes'):
         run = train.Run(train.parse([*args, f'--compile={how}']), 0, 1)
         for step in range(5):
             if step == 3:
                 run.evaluate(256, run.val_data)
-                count = len(capture)
+                count = len(graphs)
             run.advance()
         ends.append([*run.model.state_dict().values(), *state_of(run.optimizer)])
     run.evaluate(256, run.val_data)
-    assert all(map(torch.equal, *ends)) and len(capture) == count > 3
+    assert all(map(torch.equal, *ends)) and len(graphs) == count > 3
 
 
 # ------------------------------------------------------------------------------------------------
