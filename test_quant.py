@@ -559,21 +559,17 @@ def test_a_code_moves_when_its_gradients_add_up_to_a_level(stored, lr):
     assert 0.01 < optimizer.flips() < 1
 
 
-def test_noise_moves_a_code_once_in_1_over_lr_squared_steps():
+@each('mean, lr, e, rate', [*((0, lr, 'int8', (lr / (1 + 0.583 * lr)) ** 2) for lr in (0.2, 0.1)),
+                            (0.5, 0.02, 'int4', 0.02 * 0.5 / 1.25 ** 0.5)])
+def test_noise_moves_a_code_once_in_1_over_lr_squared_steps(mean, lr, e, rate):
     """The time in which sums of noise reach a level, (1 + .583 lr)^2 / lr^2; what is steady, 1 /
     (lr mean r), also where a step adds an eighth of a code to e, since that is stochastic."""
-    rates = {}
-    for mean, lr in ((0, 0.2), (0, 0.1), (0.5, 0.02)):
-        _, optimizer, step = pair('int8/row', code_lr=lr / 127, adam_m='int4/row/stochastic' if
-                                  mean else 'int8/row/stochastic')
-        flips = 0
-        for i in range(600):
-            step(normal(64, 128, seed=i) + mean)
-            flips += optimizer.flips() * (i >= 100) / 500
-        rates[mean, lr] = flips
-    assert rates[0, 0.2] == pytest.approx((0.2 / 1.117) ** 2, rel=0.1)
-    assert rates[0, 0.1] == pytest.approx((0.1 / 1.058) ** 2, rel=0.1)
-    assert rates[0.5, 0.02] == pytest.approx(0.02 * 0.5 / 1.25 ** 0.5, rel=0.1)
+    _, optimizer, step = pair('int8/row', code_lr=lr / 127, adam_m=f'{e}/row/stochastic')
+    flips = 0
+    for i in range(600):
+        step(normal(64, 128, seed=i) + mean)
+        flips += optimizer.flips() * (i >= 100) / 500
+    assert flips == pytest.approx(rate, rel=0.1)
 
 
 @each('kind', ['adamw', 'muon'])
