@@ -1011,11 +1011,10 @@ def test_a_bad_flag_is_one_clear_line(flags, says, small, full, tmp_path):
 def test_the_readme_adds_a_grid_of_one_bit(small, monkeypatch):
     source = re.findall(r"^'(?:binary|odd)': .*", (ROOT / 'README.md').read_text('utf-8'), re.M)
     grid, odd = [eval(f'{{{line.split("#")[0]}}}', vars(quant)) for line in source]
-    for words, new in ((GRIDS, grid), (quant.MAPS, odd)):
+    for field, words, new in (('grid', GRIDS, grid), ('map', MAPS, odd)):
         for word in new:
             monkeypatch.setitem(words, word, new[word])
-    for field, word in ('grid', 'binary'), ('map', 'odd'):
-        monkeypatch.setitem(quant.WORDS, field, [*quant.WORDS[field], word])
+            monkeypatch.setitem(WORDS, field, [*WORDS[field], word])
     train.main([*small, '--weights=binary/row/odd/mse'])
 
 
