@@ -195,7 +195,7 @@ def quantize(x, how, key=0, scale=None, packed=True):
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
     codes = c.reshape(x.shape)
     if packed or GRIDS[s.grid].bits > 7:    # encoding and decoding would take most of the time
-        codes = pack(encode(codes, s), s)
+        codes = encode(codes, s)
     return QTensor(codes, scale, zero, outer, s)
 
 
@@ -313,16 +313,21 @@ def round_to(y, s, key):
 
 
 def encode(c, s):
-    """Codes (float32) in the dtype they are stored in, from 0 up if they will be packed."""
-    grid = GRIDS[s.grid]
-    if grid.bits > 7:
+    """Codes (float32) as they are stored: in their dtype, or below 8 bits from 0 up, in bytes."""
+    grid, bits = GRIDS[s.grid], GRIDS[s.grid].bits
+    if bits > 7:
         return c.to(grid.dtype)
-    if not grid.float:
-        return (c - grid.low).to(torch.uint8)
-    # exponent and mantissa are bits of float32, whose least exponent is -126; a nan's are cut
-    mantissa, exponent = grid.float
-    i = (c.abs() * 2.0 ** (-126 - exponent)).view(torch.int32) >> (23 - mantissa)
-    return ((i + (c < 0) * 2 ** (grid.bits - 1)) & (2 ** grid.bits - 1)).to(torch.uint8)
+    if c.shape[-1] * bits % math.lcm(bits, 8):
+        raise ValueError(f'{8 // math.gcd(bits, 8)} codes of {s.grid}, which fill bytes, do not '
+                         f'divide a last axis of {c.shape[-1]}; choose another grid or size')
+    if grid.float:
+        # exponent and mantissa are bits of float32, whose least exponent is -126; a nan's are cut
+        mantissa, exponent = grid.float
+        i = (c.abs() * 2.0 ** (-126 - exponent)).view(torch.int32) >> (23 - mantissa)
+        i = (i + (c < 0) * 2 ** (bits - 1)) & (2 ** bits - 1)
+    else:
+        i = c - grid.low
+    return regroup(in_memory(i.to(torch.uint8)), bits, 8).to(torch.uint8)
 
 
 def levels(q):
@@ -338,17 +343,6 @@ def levels(q):
     i = (c.int() & (2 ** (grid.bits - 1) - 1)) << (23 - mantissa)
     y = i.view(torch.float32) * 2.0 ** (126 + exponent)
     return torch.where(c >= 2 ** (grid.bits - 1), -y, y)
-
-
-def pack(c, s):
-    """Codes below 8 bits, uint8 (..., C), into bytes (..., C bits / 8)."""
-    bits = GRIDS[s.grid].bits
-    if bits > 7:
-        return c
-    if c.shape[-1] * bits % math.lcm(bits, 8):
-        raise ValueError(f'{8 // math.gcd(bits, 8)} codes of {s.grid}, which fill bytes, do not '
-                         f'divide a last axis of {c.shape[-1]}; choose another grid or size')
-    return regroup(c, bits, 8).to(torch.uint8)
 
 
 def regroup(x, a, b):
@@ -730,7 +724,7 @@ def direct_step(w, g, e, v, m_s, v_s, h, h_s, key):
     v_s.codes.lerp_(slope ** 2, 1 - h_s.beta2)
     r_s = m_s.codes / h_s.bias1 / ((v_s.codes / h_s.bias2).sqrt() + 1e-18)      # no 0 / 0
     w.scale.mul_((-h_s.lr * r_s).exp())
-    w.codes.copy_(pack(in_memory(encode(new, s)), s))
+    w.codes.copy_(encode(new, s))
     put(e, quantize(e_new, e.spec, stream(key, 1)))
     put(v, v_new)
     return (new != q).sum(-1, dtype=torch.int32)
@@ -952,7 +946,7 @@ def gptq(W, H, how, damping=0.01, act_order=False):
             E[:, i - a] = (W[:, i] - scale[:, i] * codes[:, i]) / U[i, i]
             W[:, i:b] -= torch.outer(E[:, i - a], U[i, i:b])
         W[:, b:] -= E @ U[a:b, b:]
-    return QTensor(pack(encode(codes[:, order.argsort()], s), s), s_W, spec=s)
+    return QTensor(encode(codes[:, order.argsort()], s), s_W, spec=s)
 
 
 def hessian(x, activations):

@@ -559,21 +559,17 @@ def test_a_code_moves_when_its_gradients_add_up_to_a_level(stored, lr):
     assert 0.01 < optimizer.flips() < 1
 
 
-def test_noise_moves_a_code_once_in_1_over_lr_squared_steps():
+@each('mean, lr, e, rate', [*((0, lr, 'int8', (lr / (1 + 0.583 * lr)) ** 2) for lr in (0.2, 0.1)),
+                            (0.5, 0.02, 'int4', 0.02 * 0.5 / 1.25 ** 0.5)])
+def test_noise_moves_a_code_once_in_1_over_lr_squared_steps(mean, lr, e, rate):
     """The time in which sums of noise reach a level, (1 + .583 lr)^2 / lr^2; what is steady, 1 /
     (lr mean r), also where a step adds an eighth of a code to e, since that is stochastic."""
-    rates = {}
-    for mean, lr in ((0, 0.2), (0, 0.1), (0.5, 0.02)):
-        _, optimizer, step = pair('int8/row', code_lr=lr / 127, adam_m='int4/row/stochastic' if
-                                  mean else 'int8/row/stochastic')
-        flips = 0
-        for i in range(600):
-            step(normal(64, 128, seed=i) + mean)
-            flips += optimizer.flips() * (i >= 100) / 500
-        rates[mean, lr] = flips
-    assert rates[0, 0.2] == pytest.approx((0.2 / 1.117) ** 2, rel=0.1)
-    assert rates[0, 0.1] == pytest.approx((0.1 / 1.058) ** 2, rel=0.1)
-    assert rates[0.5, 0.02] == pytest.approx(0.02 * 0.5 / 1.25 ** 0.5, rel=0.1)
+    _, optimizer, step = pair('int8/row', code_lr=lr / 127, adam_m=f'{e}/row/stochastic')
+    flips = 0
+    for i in range(600):
+        step(normal(64, 128, seed=i) + mean)
+        flips += optimizer.flips() * (i >= 100) / 500
+    assert flips == pytest.approx(rate, rel=0.1)
 
 
 @each('kind', ['adamw', 'muon'])
@@ -879,33 +875,27 @@ def test_generated_code_is_eager(how):
     torch.testing.assert_close(*results)
 
 
-@pytest.fixture
-def capture(monkeypatch):
-    """torch.compile captures whole graphs but generates no code, and counts them."""
-    from torch._dynamo.backends.debugging import aot_eager as eager
+@each('args', [['config/everything.py', '--adam_v=rank1'], [
+    'config/bitnet.py', '--optimizer=muon', '--adam_m=int4/64/sqrt']], ids=str)
+def test_compiled_is_eager(args, small, monkeypatch):
+    """Whole graphs, equal bits; no new code after the third step, nor for an evaluation."""
+    from torch._dynamo.backends.debugging import aot_eager as eager     # generates no code
     graphs, compile = [], torch.compile
     backend = lambda graph, inputs: graphs.append(graph) or eager(graph, inputs)
     monkeypatch.setattr(torch, 'compile', lambda f=None, dynamic=False, **options: compile(
         f, backend=backend, fullgraph=True, dynamic=dynamic))
     torch._dynamo.reset()
-    return graphs
-
-
-@each('args', [['config/everything.py', '--adam_v=rank1'], [
-    'config/bitnet.py', '--optimizer=muon', '--adam_m=int4/64/sqrt']], ids=str)
-def test_compiled_is_eager(args, small, capture):
-    """Whole graphs, equal bits; no new code after the third step, nor for an evaluation."""
     args, ends = [*args, *small, '--n_layer=1', '--n_kv_head=1', '--overwrite=True'], []
     for how in ('no', 'yes'):
         run = train.Run(train.parse([*args, f'--compile={how}']), 0, 1)
         for step in range(5):
             if step == 3:
                 run.evaluate(256, run.val_data)
-                count = len(capture)
+                count = len(graphs)
             run.advance()
         ends.append([*run.model.state_dict().values(), *state_of(run.optimizer)])
     run.evaluate(256, run.val_data)
-    assert all(map(torch.equal, *ends)) and len(capture) == count > 3
+    assert all(map(torch.equal, *ends)) and len(graphs) == count > 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1021,11 +1011,10 @@ def test_a_bad_flag_is_one_clear_line(flags, says, small, full, tmp_path):
 def test_the_readme_adds_a_grid_of_one_bit(small, monkeypatch):
     source = re.findall(r"^'(?:binary|odd)': .*", (ROOT / 'README.md').read_text('utf-8'), re.M)
     grid, odd = [eval(f'{{{line.split("#")[0]}}}', vars(quant)) for line in source]
-    for words, new in ((GRIDS, grid), (quant.MAPS, odd)):
+    for field, words, new in (('grid', GRIDS, grid), ('map', MAPS, odd)):
         for word in new:
             monkeypatch.setitem(words, word, new[word])
-    for field, word in ('grid', 'binary'), ('map', 'odd'):
-        monkeypatch.setitem(quant.WORDS, field, [*quant.WORDS[field], word])
+            monkeypatch.setitem(WORDS, field, [*WORDS[field], word])
     train.main([*small, '--weights=binary/row/odd/mse'])
 
 

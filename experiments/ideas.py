@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 
 import quant
-from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, pack, put, quantize,
-                   second_moment, stream, uniform)
+from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, put, quantize, second_moment,
+                   stream, uniform)
 
 
 def direct_step(idea):
@@ -44,7 +44,7 @@ def direct_step(idea):
         v_s.codes.lerp_(slope ** 2, 1 - h_s.beta2)
         r_s = m_s.codes / h_s.bias1 / ((v_s.codes / h_s.bias2).sqrt() + 1e-18)
         w.scale.mul_((-h_s.lr * r_s).exp())
-        w.codes.copy_(pack(encode(new, s), s))
+        w.codes.copy_(encode(new, s))
         put(e, quantize(e_new, e.spec, stream(key, 1)))
         put(v, v_new)
         return (new != q).sum(-1, dtype=torch.int32)
