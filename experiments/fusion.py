@@ -376,7 +376,7 @@ def bars(found):
         return sum(g[f'{kind}_bytes'] for kind in ('triton', 'template', *more))
 
     def update(name):
-        of = [g for g in found[name]['graphs'] if re.match('update (linear|direct)', g['graph'])]
+        of = [g for g in found[name]['graphs'] if re.match('update (adamw|direct)', g['graph'])]
         return sum(g['read'] + g['written'] for g in of) / sum(g['necessary'] for g in of)
 
     def worst(key):
