@@ -106,33 +106,37 @@ def imported(config, tokenizer, names, theirs):
 
 def words_of(tokenizer):
     """(tokens by id, pairs to merge in order) of a tokenizer's dict, written as GPT-2 does."""
-    text = {token: ''.join(BYTES[ord(c)] for c in token) for token in tokenizer['ranks']}
-    words = dict(enumerate(text.values())) | {i: w for w, i in tokenizer['special'].items()}
+    ranks, special = tokenizer['ranks'], {i: w for w, i in tokenizer['special'].items()}
+    words = dict(enumerate(''.join(BYTES[ord(c)] for c in token) for token in ranks)) | special
+    text = {token: words[i] for i, token in enumerate(ranks) if i not in special}
     # tiktoken merges every pair that spells a token: so all such pairs, in the order of tokens
     pairs = ((token[:k], token[k:]) for token in text for k in range(1, len(token)))
     return [words[i] for i in sorted(words)], [
         (text[a], text[b]) for a, b in pairs if a in text and b in text]
 
 
-def tokenizer_of(words, special, pattern):
-    """The tokenizer's dict of byte-level BPE: words by id as GPT-2 writes them, {special: id}.
-    Bytes that no word stands for, such as never are in English, become tokens after the others."""
+def tokenizer_of(words, special, pattern, end):
+    """The tokenizer's dict of byte-level BPE: words by id as GPT-2 writes them, {special: id}, of
+    which the id `end` ends a document. Bytes that no word stands for, such as never are in
+    English, become tokens after the others."""
     lacking = [c for c in BYTES.values() if c not in set(words)]
     words, n, byte = words + lacking, len(words), {c: chr(b) for b, c in BYTES.items()}
     while not lacking and words[n - 1] in special:      # at the end they are not among the ranks
         n -= 1
-    if any(c not in byte for word in words if word not in special for c in word):
+    if any(c not in byte for word in words if word not in special for c in word) or \
+            not byte.keys().isdisjoint(special):
         raise ValueError("its tokenizer is not byte-level BPE in the style of GPT-2")
     ranks = [word.encode().decode('latin-1') if word in special else ''.join(map(byte.get, word))
              for word in words[:n + len(lacking)]]
     return {'tokenizer': 'gpt2' if pattern == r50k_pat_str else 'bpe', 'vocab_size': len(words),
-            'pattern': pattern, 'special': dict(sorted(special.items(), key=lambda item: item[1])),
-            'ranks': ranks}
+            'pattern': pattern, 'ranks': ranks,
+            'special': dict(sorted(special.items(), key=lambda item: (item[1] != end, item[1])))}
 
 
 def main(argv, usage, types, write, read):
     """`write` a checkpoint in the other format, or `read` into one, whichever is given."""
-    sys.stdout.reconfigure(errors='replace')    # a console need not know every character of a path
+    if sys.stdout:      # a console need not know every character of a path
+        sys.stdout.reconfigure(errors='replace')
     flags = [arg.removeprefix('--type=') for arg in argv if arg.startswith('-')]
     paths = [arg for arg in argv if arg and arg[0] != '-']
     source, target = [*paths, '', ''][:2]

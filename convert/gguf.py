@@ -9,6 +9,7 @@ Codes go out as they are, the scale of a group as that of each of its blocks, in
 as TQ2_0, integers of 2 to 4 bits as Q4_0, of 5 to 8 as Q8_0. What none of these holds is F16, or
 F32 beyond its range. Tokens of GPT-2 are decoded there without a space before punctuation.
 """
+import math
 import sys
 
 import numpy as np
@@ -67,7 +68,7 @@ def blocks(q, kind):
 def write(model, tokenizer, path, choice=''):
     """A checkpoint as a GGUF file: `choice` of the types, or the least that holds the codes."""
     import gguf
-    c, n, special = model.config, tokenizer['vocab_size'], tokenizer['special'].values()
+    c, n, special = model.config, tokenizer['vocab_size'], [*tokenizer['special'].values()]
     pre = {pattern: name for name, pattern in PATTERNS.items()}.get(tokenizer['pattern'])
     pre = 'qwen2' if tokenizer['tokenizer'] == 'bytes' else pre         # nothing merges
     if not pre:
@@ -83,8 +84,8 @@ def write(model, tokenizer, path, choice=''):
     out.add_token_list(words)
     out.add_token_types([3 if i in special else 1 for i in range(n)])           # control, normal
     out.add_token_merges([*map(' '.join, merges)] or ['ÿ ÿ'])
-    out.add_bos_token_id(min(special, default=0))
-    out.add_eos_token_id(min(special, default=0))
+    out.add_bos_token_id([*special, 0][0])
+    out.add_eos_token_id([*special, 0][0])
     out.add_add_bos_token(False)
     kinds = (choice or 'TQ2_0', 'Q4_0', 'Q8_0') if choice not in FLOATS else ()
     for name, q in exported(model, NAMES[c.flavour], n).items():
@@ -118,16 +119,18 @@ def read(path):
     made = [ids.get(pair.replace(' ', ''), -1) for pair in meta['tokenizer.ggml.merges']]
     normal = {i for i, (word, kind) in enumerate(zip(words, kinds)) if kind == 1 and len(word) > 1}
     if made != sorted(made) or {*made} - {-1} != normal or not {*kinds} <= {1, 3} or \
-            not len(ids) == len(words) == len(kinds):
+            not len(ids) == len(words) == len(kinds) or \
+            any(value for key, value in meta.items() if 'normalizer' in key):
         raise ValueError('its tokenizer does more than merge pairs in the order of its tokens')
+    end = meta.get('tokenizer.ggml.eos_token_id')
     found, default = {}, {'attention.head_count_kv': 0, 'rope.freq_base': Config.rope_theta}
     meta = {key.removeprefix(f'{flavour}.'): value for key, value in meta.items()
             if key.startswith(f'{flavour}.')}
     for key, name in KEYS[flavour].items():
-        value = meta.pop(key, default.get(key))
-        if type(value) not in (int, float) or not value and key not in default:
+        value = found[name] = meta.pop(key, default.get(key))
+        if type(value) is not type(vars(Config)[name]) or \
+                not 0 < value < math.inf and (key, value) not in default.items():
             raise ValueError(f'its {key} is {value}')
-        found[name] = type(vars(Config)[name])(value)
     hs = found['n_embd'] // found['n_head']
     same = {'vocab_size': len(words), 'rope.dimension_count': hs, 'attention.key_length': hs,
             'attention.value_length': hs, 'attention.causal': True, 'rope.scaling.type': 'none'}
@@ -136,10 +139,13 @@ def read(path):
             raise ValueError(f'its {key} is {value}, which model.py does not support')
     theirs = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
               for t in file.tensors}
+    for name in {'token_embd.weight', 'output.weight'} & theirs.keys():
+        if len(theirs[name]) < len(words):
+            raise ValueError(f'its {name} has {len(theirs[name])} rows for {len(words)} tokens')
     config = Config(flavour=flavour, bias=flavour == 'gpt2', tied='output.weight' not in theirs,
                     **found)
-    tokenizer = tokenizer_of(words, {word: ids[word] for word, kind in zip(words, kinds)
-                                     if kind != 1}, PATTERNS[pre])
+    special = {word: ids[word] for word, kind in zip(words, kinds) if kind != 1}
+    tokenizer = tokenizer_of(words, special, PATTERNS[pre], end)
     return imported(config, tokenizer, NAMES[flavour], theirs)
 
 

@@ -87,7 +87,7 @@ def write(model, tokenizer, folder, kind='float32'):
                             'targets': ['Linear'], 'weights': codes, 'input_activations': tokens}}}
     if is_packed:
         quantization = {'quantization_config': {'quant_method': kind, **quantization}}
-    end = min(tokenizer['special'].values(), default=0)
+    end = [*tokenizer['special'].values(), 0][0]
     ours = vars(c) | {'hidden': model.h[0].mlp.c_proj.weight.shape[1], 'tied': 'lm_head.weight'
                       not in out, 'n_kv_head': c.n_kv_head or c.n_head}
     rope = {'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta}}
@@ -141,8 +141,9 @@ def read(name):
     model.load_state_dict(checkpoint['model'])
     idx = torch.arange(min(config.block_size, 512))[None] % len(tokenizer)
     with torch.no_grad():
-        a, b = model(idx)[..., :c.vocab_size], theirs.eval().float()(idx).logits
-    if not (b - a[..., :b.shape[-1]]).norm() < 1e-5 * b.norm():
+        a, b = (logits[..., :len(tokenizer)]        # without the padding of either
+                for logits in (model(idx), theirs.eval().float()(idx).logits))
+    if not (b - a).norm() < 1e-5 * b.norm():
         raise ValueError('model.py makes something else of its weights: its config asks for '
                          'more than model.py has')
     return checkpoint
@@ -150,15 +151,22 @@ def read(name):
 
 def read_tokenizer(theirs):
     """The dict of a tokenizer of transformers, if it is byte-level BPE and cuts text in a way that
-    is known: both agree then on this file, and on ça, 你好, it's 1234, ½, é, ﬁ, 🙂\t."""
+    is known: both agree then on each of its words, on this file, and on ça, 你好, it's 1234, ½, é, ﬁ, 🙂\t.
+    """
     vocab, text = theirs.get_vocab(), Path(__file__).read_text(encoding='utf-8')
     words = sorted(vocab, key=vocab.get)
-    for pattern in PATTERNS.values() if [*range(len(words))] == sorted(vocab.values()) else ():
-        ours = tokenizer_of(words, theirs.get_added_vocab(), pattern)
-        if encoding(ours).encode_ordinary(text) == theirs.encode(text, add_special_tokens=False):
+    alone = [theirs.convert_tokens_to_string([word]) for word in words
+             if vocab[word] not in theirs.all_special_ids]
+    texts = [text, *(word for word in alone if '\ufffd' not in word)]      # whole characters
+    ids = theirs(texts, add_special_tokens=False)['input_ids']
+    normal = theirs.is_fast and not theirs.backend_tokenizer.normalizer
+    known = PATTERNS.values() if normal and [*range(len(words))] == sorted(vocab.values()) else ()
+    for pattern in known:
+        ours = tokenizer_of(words, theirs.get_added_vocab(), pattern, theirs.eos_token_id)
+        if encoding(ours).encode_ordinary_batch(texts) == ids:
             return ours
     raise ValueError("it has no tokenizer, or not a byte-level BPE that cuts text as "
-                     f'{", ".join(PATTERNS)} do')
+                     f'{", ".join(PATTERNS)} do, and does nothing else to it')
 
 
 COMMAND = 'convert.hf out/ternary/ckpt.pt out/folder', TYPES, write, read

@@ -6,7 +6,8 @@ Models that come in or go out are the same function there and here, or are refus
 """
 import json
 import math
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,15 @@ def test_what_float16_cannot_hold_is_float32(tmp_path):
     (lambda meta, _: meta['tokenizer.ggml.merges'].value.__delitem__(slice(50, None)), 'more'),
     (lambda meta, _: meta['tokenizer.ggml.token_type'].value.__setitem__(300, 4), 'more than'),
     (lambda meta, _: meta['tokenizer.ggml.tokens'].value.__setitem__(300, 'a'), 'more than'),
+    (lambda meta, _: meta.update({'tokenizer.ggml.normalizer.lowercase':
+                                  meta['llama.block_count']}), 'more than'),
+    (lambda meta, _: setattr(meta['llama.rope.freq_base'], 'value', -5.0), 'freq_base is -5'),
+    (lambda meta, _: setattr(meta['llama.attention.layer_norm_rms_epsilon'], 'value', math.nan),
+     'epsilon is nan'),
+    (lambda meta, _: meta.update({'llama.context_length': meta['llama.rope.freq_base']}),
+     'context_length is 500'),
+    (lambda _, tensors: tensors.update({'output.weight': replace(tensors['blk.0.attn_q.weight'])}),
+     'output.weight has 256 rows for 500'),
     (lambda _, tensors: tensors.pop('output_norm.weight'), 'output_norm.weight')])
 def test_a_gguf_that_is_not_like_ours(change, says, tmp_path, monkeypatch):
     library = pytest.importorskip('gguf')
@@ -209,6 +219,54 @@ def test_a_real_model_in_and_out(tmp_path):
     with torch.no_grad():
         ours = model(torch.tensor([ids]))[0, :, :tokenizer['vocab_size']]
     assert divergence(ours, there.logits(ids)) <= 1e-5
+
+
+def made_elsewhere(folder, special=('<|endoftext|>',), end=0, added=(), rows=0, normalizer=None):
+    """A small model of transformers, with the recipe of the tokenizers library for its words."""
+    transformers, tokenizers = map(pytest.importorskip, ('transformers', 'tokenizers'))
+    made = tokenizers.ByteLevelBPETokenizer()
+    texts = [re.sub(r'\d', '', text) for text in TEXTS] + [f' {1990 + i % 20}' for i in range(999)]
+    made.train_from_iterator(texts, 600, special_tokens=[*special], show_progress=False)
+    if normalizer:
+        made._tokenizer.normalizer = normalizer(tokenizers.normalizers)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, pad_token=special[0], eos_token=special[end])
+    tokenizer.add_tokens([*added])
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=rows or len(tokenizer), n_positions=64, n_embd=64, n_layer=1,
+        n_head=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize('keys', [
+    {}, dict(special=('PAD', 'EOS'), end=1), dict(rows=700)])
+def test_a_tokenizer_made_elsewhere(keys, tmp_path):
+    """It comes in with its pattern, its end of text, no text gives its special tokens, and rows
+    for no token do not count."""
+    theirs = made_elsewhere(tmp_path / 'theirs', **keys)
+    hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'ckpt.pt')], *hf.COMMAND)
+    ours = convert.read_checkpoint(str(tmp_path / 'ckpt.pt'))[1]
+    assert ours['pattern'] == convert.PATTERNS['gpt-2']
+    assert [*ours['special'].items()][0] == (theirs.eos_token, theirs.eos_token_id)
+    assert encoding(ours).decode([theirs.eos_token_id]) == theirs.eos_token
+    for text in (*TEXTS, ' 2001', *ours['special']):
+        ids = encoding(ours).encode_ordinary(text)
+        assert encoding(ours).decode(ids) == text and {*ids}.isdisjoint(ours['special'].values())
+        if not any(word in text for word in ours['special']):
+            assert ids == theirs.encode(text)
+    hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'back')], *hf.COMMAND)
+    back = type(theirs).from_pretrained(tmp_path / 'back')
+    assert back.eos_token == theirs.eos_token and back.encode(TEXTS[0]) == theirs.encode(TEXTS[0])
+
+
+@pytest.mark.parametrize('keys', [
+    dict(added=['zebra', 'COVID-19']), dict(normalizer=lambda kinds: kinds.Lowercase()),
+    dict(normalizer=lambda kinds: kinds.Replace('“', '"'))])
+def test_a_tokenizer_that_does_more(keys, tmp_path):
+    made_elsewhere(tmp_path / 'theirs', **keys)
+    with pytest.raises(SystemExit, match='does nothing else to it'):
+        hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'ckpt.pt')], *hf.COMMAND)
 
 
 def change_config(**new):

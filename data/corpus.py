@@ -49,14 +49,20 @@ def read_files(root, pattern='*', skip=(), max_bytes=math.inf):
     """
     The text files under folder `root` whose name fits `pattern`, as a sorted list of (path
     relative to root, text). Leaves out files that are empty or larger than `max_bytes`, files and
-    folders with a name that fits a pattern in `skip` and, with a message, files that are not UTF-8.
+    folders with a name that fits a pattern in `skip` and, with a message, folders that are links
+    and files that are not UTF-8. SystemExit if it may not read one.
     """
     def wanted(name):
         return not any(fnmatchcase(name, s) for s in skip)
 
-    files, foreign = [], []
-    for folder, folders, names in os.walk(root):
+    def stop(error):
+        raise SystemExit(f'{error.filename}: {error.strerror}')
+
+    files, foreign, links = [], [], []
+    for folder, folders, names in os.walk(root, onerror=stop):
         folders[:] = filter(wanted, folders)  # in place: os.walk does not enter the others
+        links += [path for path in (os.path.join(folder, f) for f in folders)
+                  if os.path.islink(path)]
         for path in (Path(folder, name) for name in names):
             if fnmatchcase(path.name, pattern) and wanted(path.name) and path.is_file():
                 if path.stat().st_size <= max_bytes:
@@ -65,9 +71,10 @@ def read_files(root, pattern='*', skip=(), max_bytes=math.inf):
                         foreign.append(name)
                     elif text:
                         files.append((name, text))
-    if foreign:
-        print(f'{root}: files left out, as they are not UTF-8: {len(foreign):,}, such as '
-              f'{min(foreign)}')
+    for found, why in (foreign, 'files left out, as they are not UTF-8'), (
+            links, 'folders left out, as they are links'):
+        if found:
+            print(f'{root}: {why}: {len(found):,}, such as {min(found)}')
     return sorted(files)
 
 
@@ -88,14 +95,15 @@ def load_hub(path, **options):
 def split_files(files):
     """
     [(path, text)] -> [('train' or 'val', text)], one file in ten to val by a hash of its path: the
-    same on every machine, and a new file moves no other. Where that leaves one of the two empty,
-    as with a single file, the last tenth of every file is val.
+    same on every machine, and a new file moves no other. Where that is less than 3 % of the text
+    or more than 30 %, as with few files, the last tenth of every file is val.
     """
     def is_val(path):
         return int(hashlib.sha256(os.fsencode(path)).hexdigest(), 16) % 10 == 0
 
     documents = [('val' if is_val(path) else 'train', text) for path, text in files]
-    if len({split for split, _ in documents}) == 2:
+    val = sum(len(text) for split, text in documents if split == 'val')
+    if 0.03 <= val / sum(len(text) for _, text in files) <= 0.3:
         return documents
     cut = [(text, int(0.9 * len(text))) for _, text in files]
     return [('train', text[:n]) for text, n in cut] + [('val', text[n:]) for text, n in cut]
@@ -106,6 +114,8 @@ def split_files(files):
 
 TOKENIZER = 'tokenizer', 'vocab_size', 'pattern', 'ranks', 'special'    # its keys in meta.json
 NUMBERS = 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes', 'bytes_per_token'
+LOOKED_THROUGH = 5e7    # tokens: a tenth of a second
+FILES = 'train.bin', 'val.bin', 'meta.json'
 # of val.bin, to hold losses against: the entropy of its unigrams, nats a token; bits a byte by xz
 YARDSTICKS = 'unigram_loss', 'xz_bpb'
 
@@ -126,11 +136,11 @@ def prepare(out_dir, name, documents, which, limit=math.inf):
     start = time.perf_counter()
     learns = str(which).isdecimal()
     train = (text for split, text in documents if split == 'train') if learns else ()
-    tokenizer = make_tokenizer(which, ''.join(train))
     try:
+        tokenizer = make_tokenizer(which, ''.join(train))
         meta = write(Path(out_dir), name, tokenizer, documents, limit)
-    except OSError as error:  # a full disk, a folder we may not write to, a connection that broke
-        raise SystemExit(f'{name}: {out_dir} is not written: {error}') from None
+    except Exception as error:  # a full disk, a folder we may not write to, a stream that broke, ..
+        raise SystemExit(f'{name}: {out_dir} is not written: {error!r}') from None
     print(f"{name}: {meta['train_bytes'] / 1e6:.2f} MB to train, {meta['val_bytes'] / 1e6:.2f} to "
           f"val; {meta['train_tokens']:,} and {meta['val_tokens']:,} tokens of "
           f"{meta['bytes_per_token']:.3f} bytes, vocabulary {meta['vocab_size']:,}\n"
@@ -157,6 +167,7 @@ def dataset_name(out_dir):
 def write(out_dir, name, tokenizer, documents, limit):
     """Encode `documents` into `out_dir` and return the meta; all or nothing."""
     out_dir.mkdir(parents=True, exist_ok=True)
+    check_own(out_dir)
     tokens, size = {'train': 0, 'val': 0}, {'train': 0, 'val': 0}
     digest = {'train': hashlib.sha256(), 'val': hashlib.sha256()}
     dtype, xz, squeezed = tokens_dtype(tokenizer['vocab_size']), lzma.LZMACompressor(), 0
@@ -176,20 +187,37 @@ def write(out_dir, name, tokenizer, documents, limit):
         for split in tokens:
             if not size[split]:
                 raise SystemExit(f'{name}: too little text, nothing is left for {split}.bin')
-        sha256 = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode())
-        sha256.update(digest['train'].digest() + digest['val'].digest())
         numbers = *tokens.values(), *size.values(), size['val'] / tokens['val']
         p = np.bincount(np.fromfile(f'{tmp}/val.bin', dtype)) / tokens['val']
         marks = -(p * np.log(p + (p == 0))).sum(), 8 * (squeezed + len(xz.flush())) / size['val']
         meta = {'name': name, **dict(zip(NUMBERS, numbers)),
-                **dict(zip(YARDSTICKS, map(float, marks))), 'sha256': sha256.hexdigest(),
-                **tokenizer}
+                **dict(zip(YARDSTICKS, map(float, marks))), **tokenizer,
+                'sha256': sha256_of(tokenizer, digest['train'], digest['val'])}
         with open(f'{tmp}/meta.json', 'w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
         (out_dir / 'meta.json').unlink(missing_ok=True)
-        for file in ('train.bin', 'val.bin', 'meta.json'):
+        for file in FILES:
             os.replace(f'{tmp}/{file}', out_dir / file)
     return meta
+
+
+def check_own(folder):
+    """SystemExit if `folder` has files that a dataset would replace, and that are of no dataset."""
+    try:
+        known = 'train_tokens' in json.loads((folder / 'meta.json').read_bytes())
+    except (OSError, ValueError):
+        known = False
+    if found := [file for file in FILES if not known and (folder / file).exists()]:
+        raise SystemExit(f'{folder / found[0]} is of no dataset that we know: remove it, or give '
+                         'another --out')
+
+
+def sha256_of(tokenizer, train, val):
+    """The sha256 of a dataset, from its tokenizer and the hashes of both .bin."""
+    found = hashlib.sha256(json.dumps({key: tokenizer[key] for key in TOKENIZER},
+                                      sort_keys=True).encode())
+    found.update(train.digest() + val.digest())
+    return found.hexdigest()
 
 
 def encode(tokenizer, documents, batch=1024):
@@ -242,6 +270,10 @@ def read_dataset(root):
         check_meta(meta)
         train, val = (read_ids(f'{root}/{split}.bin', meta[f'{split}_tokens'], meta['vocab_size'])
                       for split in ('train', 'val'))
+        # what is too large to look through is checked batch by batch, and for its size
+        if len(train) + len(val) < LOOKED_THROUGH and meta['sha256'] != sha256_of(
+                meta, hashlib.sha256(train), hashlib.sha256(val)):
+            raise ValueError('its sha256 is of other tokens, or of another tokenizer')
     except Exception as error:  # a damaged file raises anything at all
         raise ValueError(f'cannot read the dataset {name}: {error!r}; run its prepare.py '
                          'again') from None
@@ -272,8 +304,7 @@ def read_ids(path, tokens, vocab_size):
     if os.path.getsize(path) != tokens * dtype.itemsize:
         raise ValueError(f'{path} is truncated, or of another vocabulary')
     ids = np.memmap(path, dtype, mode='r').view(np.ndarray)
-    # what is too large to look through is checked batch by batch
-    if tokens < 5e7 and ids.max() >= vocab_size:
+    if tokens < LOOKED_THROUGH and ids.max() >= vocab_size:
         raise ValueError(f'{path} has id {ids.max()}, beyond its vocabulary of {vocab_size}')
     return ids
 
@@ -313,14 +344,22 @@ def sequence_starts(config, n_tokens):
 # command line
 
 
+def named(path):
+    """`path`, unless it is empty: that would be the current folder."""
+    if not path:
+        raise argparse.ArgumentTypeError('it is empty')
+    return path
+
+
 def arguments(doc, script, tokenizer=None):
     """An argument parser explained by `doc`, with --out and, given its default, --tokenizer."""
-    sys.stdout.reconfigure(errors='replace')  # a console need not know every character of a path
+    if sys.stdout:  # a console need not know every character of a path
+        sys.stdout.reconfigure(errors='replace')
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # one line instead of the usage and a line
     parser.error = lambda message: parser.exit(2, f'{script}: {message} (see --help)\n')
-    parser.add_argument('--out', default=os.path.dirname(os.path.abspath(script)),
+    parser.add_argument('--out', type=named, default=os.path.dirname(os.path.abspath(script)),
                         help='folder of the dataset (default: the one of this script)')
     if tokenizer:
         parser.add_argument('--tokenizer', default=tokenizer,

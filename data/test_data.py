@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import train
-from data.corpus import folder_of, prepare, read_dataset, read_files, window_starts, write
+from data.corpus import (folder_of, prepare, read_dataset, read_files, split_files, window_starts,
+                         write)
 from data.tokenizer import EOT, PATTERN, encoding, make_tokenizer, tokenizer_dict, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,46 @@ def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):
     assert not (tmp_path / 'meta.json').exists()
 
 
+def test_no_folder_is_left_out_without_a_word(tmp_path, capsys):
+    for folder in ('own', 'closed'):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'a.py').write_text('fine')
+    (tmp_path / 'linked').symlink_to(tmp_path / 'own')
+    assert [path for path, _ in read_files(tmp_path)] == ['closed/a.py', 'own/a.py']
+    assert 'as they are links: 1, such as' in capsys.readouterr().out
+    (tmp_path / 'closed').chmod(0)
+    if not os.access(tmp_path / 'closed', os.R_OK):         # root may read it all the same
+        with pytest.raises(SystemExit, match='closed: Permission denied'):
+            read_files(tmp_path)
+
+
+def test_val_is_about_a_tenth_of_few_files_and_of_many():
+    many = [(f'{i}.py', 'x' * 100) for i in range(1000)]
+    for files in (many[:1], many[:3], [*many[:3], ('long', 'x' * 9999)], many):
+        sizes = Counter()
+        for split, text in split_files(files):
+            sizes[split] += len(text)
+        assert 0.08 < sizes['val'] / sizes.total() < 0.12, files[-1][0]
+    assert split_files(many)[:900] == split_files(many[:900])
+
+
+@each('name', ['train.bin', 'val.bin', 'meta.json'])
+def test_files_of_others_stay(name, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(SystemExit, match=f'{name} is of no dataset that we know'):
+        prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], 256)
+    assert [*tmp_path.iterdir()] == [tmp_path / name]
+
+
+def test_a_stream_that_breaks_is_a_line(tmp_path):
+    def documents():
+        yield 'train', 'abc'
+        raise RuntimeError('the hub has gone')
+    with pytest.raises(SystemExit, match='is not written: .*the hub has gone'):
+        prepare(tmp_path, 'x', documents(), 256)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_yardsticks_are_the_entropy_of_unigrams_and_the_size_of_an_xz(tmp_path):
     val = ['abab' * 50, 'some text, and more of it ' * 20]
     meta = prepare(tmp_path, 'x', [('train', 'abc'), *(('val', text) for text in val)], 256)
@@ -72,6 +113,10 @@ def test_prepare_says_how_to_train_from_any_folder_on_any_console(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"--dataset='{tmp_path}/k?stlich'" in done.stdout.decode('ascii')
     assert read_dataset(tmp_path / 'köstlich')[2]['name'] == 'köstlich'
+    for args in (['mine.txt', '--out='], ['']):             # not the current folder
+        done = subprocess.run([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', *args],
+                              cwd=tmp_path, capture_output=True)
+        assert done.returncode and b'it is empty' in done.stderr
 
 
 @each('n_words, dtype', [(65_279, np.uint16), (65_280, np.uint32)])
@@ -91,7 +136,8 @@ def test_a_vocabulary_of_2_16_is_the_largest_of_16_bits(n_words, dtype, tmp_path
     ('meta.json', None, 'no dataset'), ('val.bin', None, 'cannot read the dataset'),
     ('train.bin', lambda old: b'123', 'truncated'), ('meta.json', lambda old: b'[]', 'cannot'),
     ('meta.json', lambda old: old.replace(b'_size": 256', b'_size": 0'), 'vocab_size = 0'),
-    ('train.bin', lambda old: b'\xff' * len(old), 'beyond its vocabulary')])
+    ('train.bin', lambda old: b'\xff' * len(old), 'beyond its vocabulary'),
+    ('val.bin', lambda old: old[2:] + old[:2], 'sha256 is of other tokens')])
 def test_a_damaged_dataset_is_refused(name, change, says, tmp_path):
     prepare(tmp_path, 'x', [('train', TEXT), ('val', TEXT[:4000])], 256)
     path = tmp_path / name

@@ -27,7 +27,8 @@ MAX_BYTES = 16         # of a token; costs 0.5 % of compression, long runs of sp
 MAX_WORD = 256         # the trainer looks at no more of a word: a file of base64 is one huge word
 
 # what llama.cpp and others call qwen2, so that text gives the same ids there. {1,256} is ours:
-# with a plain + a million spaces overflow the stack of tiktoken's regular expressions
+# with a plain + a million spaces overflow the stack of tiktoken's regular expressions. So more
+# than 256 blanks in a row may give other ids
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r'|[^\r\n\p{L}\p{N}]?\p{L}+'             # letters after a space or sign: 'if', ' if', '.join'
@@ -163,6 +164,8 @@ def encoding(meta):
     The tiktoken.Encoding of a tokenizer dict or meta.json. Use its encode_ordinary(text) -> ids
     (so that '<|endoftext|>' in a text stays text), decode(ids) -> text and n_vocab.
     """
-    ranks = {token.encode('latin-1'): i for i, token in enumerate(meta['ranks'])}
+    special = {*meta['special'].values()}       # also those that stand among the ranks
+    ranks = {token.encode('latin-1'): i for i, token in enumerate(meta['ranks'])
+             if i not in special}
     return tiktoken.Encoding(meta['tokenizer'], pat_str=meta['pattern'],
                              mergeable_ranks=ranks, special_tokens=meta['special'])

@@ -12,6 +12,7 @@ a layer suffers.
 import json
 import os
 import sys
+from pathlib import Path
 
 MARKS = {'activations': 'o', 'weights': 'x'}
 
@@ -94,6 +95,8 @@ def main(argv):
     for path in argv:
         if path.startswith('--out='):
             out = path[6:]
+            if not Path(out).suffix:
+                raise SystemExit(f'error: --out={out}: give a name that ends in .png, .svg or .pdf')
             continue
         try:
             runs.append(read(path))

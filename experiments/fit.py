@@ -114,10 +114,18 @@ def check():
     (RESULTS / 'fit.json').write_text(json.dumps({**found, 'rows': rows}, indent=1) + '\n')
 
 
+def gib(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
 def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--memory', type=float, metavar='GiB')
+    parser.error = fail
+    parser.add_argument('--memory', type=gib, metavar='GiB')
     parser.add_argument('--check', action='store_true')
     options, argv = parser.parse_known_args(argv)
     if options.check:
@@ -142,7 +150,7 @@ def main(argv):
         # of what waits for the backward, a part does not grow with the batch
         one, two = (sum(memory(replace(config, batch_size=n), vocab_size).values())
                     for n in (1, 2))
-        if not one <= options.memory * GIB < math.inf:
+        if one > options.memory * GIB:
             fail(f'one sequence takes {one / GIB:.1f} GiB: use a shorter block_size, fewer bits, '
                  'or update_in_backward')
         most = 1 + int((options.memory * GIB - one) / (two - one))

@@ -84,6 +84,18 @@ def test_fit_counts_what_a_run_will_hold(small, how):
     assert counted - gradients < fit.peak(replace(config, overwrite=True)) < 1.2 * counted
 
 
+@pytest.mark.parametrize('main, args, says', [
+    (fit.main, ['config/tiny.py', '--memory=0'], '--memory'),
+    (fit.main, ['config/tiny.py', '--memory=inf'], '--memory'),
+    (fit.main, ['config/tiny.py', '--memory=1e-3'], 'one sequence takes'),
+    (curve.main, ['--out=curves', 'log.jsonl'], 'ends in .png'),
+    (curve.main, ['--out=', 'log.jsonl'], 'ends in .png')])
+def test_what_an_option_cannot_be_is_one_line(main, args, says):
+    with pytest.raises(SystemExit, match=says) as e:
+        main(args)
+    assert '\n' not in str(e.value)
+
+
 def test_a_curve_shows_what_rounding_does_to_layers(small, tmp_path):
     train.main(['config/w4a4.py', '--quantize_head=True', *small, f'--out_dir={tmp_path}/run'])
     with open(f'{tmp_path}/run/log.jsonl', 'a', encoding='utf-8') as f:

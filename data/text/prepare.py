@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import arguments, prepare, read_files, read_text, split_files
+from data.corpus import arguments, named, prepare, read_files, read_text, split_files
 
 SKIP = ('.*', '__pycache__', '*.bin', 'meta.json')  # hidden, built, and what we write
 
 
 def main():
     parser = arguments(__doc__, __file__, tokenizer='1024')
-    parser.add_argument('paths', nargs='+', metavar='FILE_OR_FOLDER')
+    parser.add_argument('paths', nargs='+', type=named, metavar='FILE_OR_FOLDER')
     args = parser.parse_args()
     files = []
     for path in map(Path, args.paths):
