@@ -155,8 +155,9 @@ def read_tokenizer(theirs):
     """
     vocab, text = theirs.get_vocab(), Path(__file__).read_text(encoding='utf-8')
     words = sorted(vocab, key=vocab.get)
+    special = {i for i, token in theirs.added_tokens_decoder.items() if token.special}
     alone = [theirs.convert_tokens_to_string([word]) for word in words
-             if vocab[word] not in theirs.all_special_ids]
+             if vocab[word] not in special]
     texts = [text, *(word for word in alone if '\ufffd' not in word)]      # whole characters
     ids = theirs(texts, add_special_tokens=False)['input_ids']
     normal = theirs.is_fast and not theirs.backend_tokenizer.normalizer

@@ -240,7 +240,7 @@ def made_elsewhere(folder, special=('<|endoftext|>',), end=0, added=(), rows=0, 
 
 
 @pytest.mark.parametrize('keys', [
-    {}, dict(special=('PAD', 'EOS'), end=1), dict(rows=700)])
+    {}, dict(special=('PAD', '<|im_start|>', 'EOS'), end=2), dict(rows=700)])
 def test_a_tokenizer_made_elsewhere(keys, tmp_path):
     """It comes in with its pattern, its end of text, no text gives its special tokens, and rows
     for no token do not count."""
