@@ -650,11 +650,27 @@ def test_the_page_says_what_was_measured_of_direct_training():
         cells = [sorted(runs.losses(results, name).items()) for results in found.values()]
         cells = [', '.join(f'{loss:.3f}' for _, loss in cell) for cell in cells]
         assert f'| {name} | {cells[0]} | {cells[1]} |' in page, (name, cells)
+    tiny = [runs.results_of(runs.RESULTS / f'direct-tiny-{corpus}.jsonl', sum(
+        direct.jobs_of('tiny', corpus).values(), [])) for corpus in found]
+    _, rows, tries, _ = tables('Direct training')
+    for name, *cells in rows:
+        for results, cell in zip([*found.values(), *tiny], cells):
+            if len(runs.losses(results, name)) > 2:
+                mean, half = runs.compare(results, direct.TERNARY, name)
+                assert cell == f'{mean:+.1f} % ({mean - half:+.1f} to {mean + half:+.1f})', name
+    tried = runs.results_of(runs.RESULTS / 'direct-tiny-python.jsonl', direct.every_try('tiny'))
+    assert len(tries) == len(direct.SIDES)
+    for (name, cell), (side, texts) in zip(tries, direct.tries('tiny').items()):
+        rate = lambda text: float(re.search(r'(?:learning_rate|code_lr)=(\S+)', text).group(1))
+        values = {text: runs.losses(tried, text)[1] for text in sorted(texts, key=rate)}
+        said = {text: f'{loss:.3f}' for text, loss in values.items()}
+        best = min(values, key=values.get)
+        said[best] = f'**{said[best]}**'
+        parts = [[loss for text, loss in said.items() if text.endswith(' beta1=0.') is without]
+                 for without in (False, True)]
+        assert name.split(';')[0] == side
+        assert cell == '; without momentum '.join(', '.join(part) for part in parts if part), name
     for results in found.values():
-        for name in direct.ROWS, direct.PLAIN:
-            mean, half = runs.compare(results, direct.TERNARY, name)
-            said = f'{mean:+.1f} % ({mean - half:+.1f} to {mean + half:+.1f})'
-            assert said in page, (name, said)
         mean, half = runs.compare(results, direct.TERNARY, direct.ROWS)
         said = f'{-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f})'
         assert said in readme, said
