@@ -110,18 +110,20 @@ def read(path):
     file = gguf.GGUFReader(path)
     meta = {key: field.contents() for key, field in file.fields.items()}
     flavour, pre = meta.get('general.architecture'), meta.get('tokenizer.ggml.pre')
-    if flavour not in NAMES or pre not in PATTERNS or meta['tokenizer.ggml.model'] != 'gpt2':
+    if flavour not in NAMES or pre not in PATTERNS or meta.get('tokenizer.ggml.model') != 'gpt2':
         raise ValueError(f'it is {flavour} with tokens of {pre}; model.py has {", ".join(NAMES)}, '
                          f'and byte-level BPE as {", ".join(PATTERNS)}')
-    words, kinds = meta['tokenizer.ggml.tokens'], meta['tokenizer.ggml.token_type']
+    words, kinds, merges = (meta.get(f'tokenizer.ggml.{key}', [])
+                            for key in ('tokens', 'token_type', 'merges'))
     ids = {word: i for i, word in enumerate(words)}
     # tiktoken merges by the ids of tokens, llama.cpp by a list: which must say the same
-    made = [ids.get(pair.replace(' ', ''), -1) for pair in meta['tokenizer.ggml.merges']]
+    made = [ids.get(pair.replace(' ', ''), -1) for pair in merges]
     normal = {i for i, (word, kind) in enumerate(zip(words, kinds)) if kind == 1 and len(word) > 1}
     if made != sorted(made) or {*made} - {-1} != normal or not {*kinds} <= {1, 3} or \
             not len(ids) == len(words) == len(kinds) or \
             any(value for key, value in meta.items() if 'normalizer' in key):
-        raise ValueError('its tokenizer does more than merge pairs in the order of its tokens')
+        raise ValueError('its tokenizer is not whole, or does more than merge pairs in the order '
+                         'of its tokens')
     end = meta.get('tokenizer.ggml.eos_token_id')
     found, default = {}, {'attention.head_count_kv': 0, 'rope.freq_base': Config.rope_theta}
     meta = {key.removeprefix(f'{flavour}.'): value for key, value in meta.items()
