@@ -119,7 +119,8 @@ def read_arg(arg, Config):
 # checkpoints: a config file that also has weights. Dicts, tensors and numbers
 
 FIELDS = {'config', 'sha256', 'tokenizer', 'iter', 'tokens', 'seconds', 'losses', 'model',
-          'optimizer'}
+          'optimizer', 'format'}
+FORMAT = 2      # 1 packed codes of 3, 5, 6 and 7 bits in another order
 loaded = {}     # {path: the checkpoint that `configure` found there}, until a run takes it
 
 
@@ -127,7 +128,7 @@ def save(path, checkpoint):
     """Write beside, then rename: whenever it is interrupted, `path` holds a whole checkpoint."""
     try:
         with open(path + '.tmp', 'wb') as f:
-            torch.save(checkpoint, f)
+            torch.save({**checkpoint, 'format': FORMAT}, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + '.tmp', path)
@@ -149,8 +150,9 @@ def load(path, Config):
         kinds = {key: type(value) for key, value in checkpoint['config'].items()}
     except Exception as e:              # a damaged or foreign file raises anything at all
         fail(f'{path} is not a whole checkpoint of this program ({e!r}); use another')
-    if kinds != {f.name: f.type for f in fields(Config)} or checkpoint.keys() != FIELDS:
-        fail(f'{path} is by another version of this program, with other keys: train it again')
+    if kinds != {f.name: f.type for f in fields(Config)} or checkpoint.keys() != FIELDS or \
+            checkpoint['format'] != FORMAT:
+        fail(f'{path} is by another version of this program: train it again')
     return checkpoint
 
 
