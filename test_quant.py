@@ -775,24 +775,20 @@ def test_the_head_is_tied_and_stays_so_or_untied(flavour):
 
 
 @each('flavour', ['gpt2', 'llama'])
-def test_attention_and_norms(flavour):
+@each('heads', [4, 2, 1])
+def test_attention_and_norms(flavour, heads):
     """Shared heads are k and v repeated; rope turns pairs (2i, 2i + 1) like complex numbers."""
-    few, full = (gpt(flavour=flavour, n_head=4, n_kv_head=n, norm_eps=0.5) for n in (1, 0))
-    state, x, idx = few.state_dict(), normal(2, 20, 64) * 0.5 + 1, tokens(2, 20)
-    for name in [name for name in state if 'c_attn' in name]:
-        q, k, v = state[name].split([64, 16, 16])
-        state[name] = torch.cat((q, *[k] * 4, *[v] * 4))
-    full.load_state_dict(state)
-    assert torch.allclose(few(idx), full(idx), atol=1e-5)
-    attn, ln_f = full.h[0].attn, full.ln_f
-    q, k, v = attn.c_attn(x).view(2, 20, 12, 8, 2).transpose(1, 2).chunk(3, 1)
+    model = gpt(flavour=flavour, n_head=4, n_kv_head=heads, norm_eps=0.5)
+    attn, ln_f, x = model.h[0].attn, model.ln_f, normal(2, 20, 64) * 0.5 + 1
+    pairs = attn.c_attn(x).view(2, 20, 4 + 2 * heads, 8, 2).transpose(1, 2)
+    q, k, v = pairs.split([4, heads, heads], 1)
     if flavour == 'llama':
         angle = torch.outer(torch.arange(20.0), 10000 ** (-torch.arange(0, 16, 2) / 16))
         turn = torch.polar(torch.ones(20, 8), angle)                    # by position and pair
         q, k = (torch.view_as_real(torch.view_as_complex(t.contiguous()) * turn) for t in (q, k))
-    q, k, v = (t.flatten(-2) for t in (q, k, v))
+    q, k, v = (t.flatten(-2).repeat_interleave(4 // t.shape[1], 1) for t in (q, k, v))
     oracle = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    assert close(attn(x, full.embed(idx)[1], None), attn.c_proj(oracle))
+    assert close(attn(x, model.embed(tokens(2, 20))[1], None), attn.c_proj(oracle))
     y, x = ln_f(x), x - x.mean(-1, keepdim=True) * (flavour == 'gpt2')
     assert torch.allclose(y, x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt(), atol=1e-6)
 
