@@ -167,9 +167,6 @@ def test_packing_loses_nothing(text):
     q = quantize(y, s, scale=ONE)
     assert torch.equal(dequantize(q), y) and torch.equal(levels(q), y)
     assert 8 * q.codes.untyped_storage().nbytes() == bits * y.numel()
-    if bits < 8:
-        with pytest.raises(ValueError, match='not divide a last axis of 15'):
-            quantize(normal(2, 15), s)
 
 
 @each('name', [name for name, grid in GRIDS.items() if grid.dtype.is_floating_point])
@@ -218,8 +215,6 @@ def test_scales_are_of_the_axes_they_say_and_float32():
         assert torch.allclose(quantize(x, f'int8/{group}').scale.flatten(), most.flatten() / 127)
     for how in ('int8', 'int8/row', 'int8/4', 'nvfp4/hadamard'):        # an axis alone is a row
         assert torch.equal(fake_quant(y, how), fake_quant(y[None], how)[0])
-    with pytest.raises(ValueError, match='blocks of 3 do not divide a last axis of 8'):
-        quantize(x, 'int8/3')
     s = (x := normal(64, 256).bfloat16()).abs().amax(-1, keepdim=True) / 127    # a mistake
     error = lambda y: (y.float() - x.float()).norm()
     assert error(fake_quant(x, 'int8/row')) < 0.98 * error((x / s).round() * s)
