@@ -121,7 +121,6 @@ def test_noise_is_uniform_and_independent_and_of_index_and_key_alone():
     x, u = torch.empty(64, 32), uniform(torch.empty(64, 32), 7)
     assert torch.equal(u[:16], uniform(x[:16], 7)) and 0 <= u.min() and u.max() <= 1
     assert torch.equal(u, uniform(x.bfloat16(), torch.tensor(7, dtype=torch.int32)))
-    assert torch.equal(u, torch.compile(uniform, backend='aot_eager')(x, 7))
     assert len({noise_key(s, t, i) for s in range(9) for t in range(50) for i in range(20)}) > 8990
     with pytest.raises(ValueError, match='too many for stochastic'):
         uniform(torch.empty(2 ** 31, device='meta'), 7)
