@@ -259,7 +259,6 @@ def test_the_rotation_is_orthogonal_and_spreads_outliers(n, block):
     oracle = torch.block_diag(*[(1 - 2.0 * parity) / block ** 0.5] * (n // block))
     x = normal(8, n)
     assert torch.allclose(quant.rotate(x), x @ oracle, atol=1e-5)
-    assert torch.allclose(quant.rotate(quant.rotate(x)), x, atol=1e-5)
     x[:, 3] *= 50
     error = lambda how: (fake_quant(x, how) - x)[:, 4:].norm()          # of all that is no outlier
     assert block < 64 or error('int4/row/hadamard') < 0.8 * error('int4/row')
