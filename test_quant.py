@@ -250,7 +250,6 @@ def test_v_is_never_rounded_to_zero(text):
     for most in (1.0, 1e30):                    # where the quotient underflows, too
         v = torch.tensor([[0.0, 1e-45, 1e-38, 1e-12, 1e-6, most, 0, 0]])
         assert ((fake_quant(v, f'{text}/row') > 0) == (v > 0)).all()
-        assert (fake_quant(v, f'{spec(text).grid}/row')[v > 0] == 0).any()    # linear codes do
 
 
 @each('n, block', [(256, 128), (96, 32), (64, 64), (7, 1)])
