@@ -556,21 +556,18 @@ def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
     model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0, code_lr=0.8,
                 base_width=16)
     before, optimizer = copy.deepcopy(model.state_dict()), Optimizer(model, model.config)
-    narrow = 16 / model.config.n_embd
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
         step, block, state = before[name] - p, name in linears(model), optimizer.state[name]
         assert len(state) == 2 - (block and kind == 'muon')
-        assert len(state) == 1 or close(step, torch.tensor(1e-3 * narrow if block else 0.5), 1e-2)
-    optimizer.begin(0.25)       # a quarter of all rates
-    assert [optimizer.rates[k][0].item() for k in ('direct', 'scale', kind)] == pytest.approx(
-        [0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
-    model.config.base_width = 1000      # narrower than that, rates are as they are
-    optimizer.begin()
-    rates = [optimizer.rates[k][0].item() for k in ('direct', kind)]
-    assert rates == pytest.approx([0.8, 1e-3])
+        assert len(state) == 1 or close(step, torch.tensor(1e-3 / 4 if block else 0.5), 1e-2)
+    for base_width, narrow in ((16, 1 / 4), (1000, 1)):     # n_embd = 64: above it, and below
+        model.config.base_width = base_width
+        optimizer.begin(schedule=0.25)
+        rates = [optimizer.rates[k][0].item() for k in ('direct', 'scale', kind)]
+        assert rates == pytest.approx([0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
 
 
 @each('size', [1.0, 1e-22])
