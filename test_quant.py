@@ -678,10 +678,9 @@ def test_gptq_is_its_definition_column_by_column(how, act_order):
 @each('how', ['int4/row/mse', 'int3/24/mse'])
 def test_gptq_chooses_scales_for_what_the_layer_sees(how):
     W, H, s = normal(24, 144), correlated(144), spec(how)
-    x, weight = (quant.grouped(t, s) for t in (W, H.diagonal().expand_as(W)))
-    x_hat = lambda scale: scale * (x / scale).round().clamp(*GRIDS[s.grid][1:3])
-    error = lambda scale: (weight * (x - x_hat(scale)) ** 2).sum(-1, keepdim=True)
-    found, top = gptq(W, H, how).scale, x.abs().amax(-1, keepdim=True) / s.top
+    rounded = lambda scale: dequantize(quantize(W, s, scale=scale))
+    error = lambda scale: quant.grouped(H.diagonal() * (W - rounded(scale)) ** 2, s).sum(-1, True)
+    found, top = gptq(W, H, how).scale, quantize(W, replace(s, scale='absmax')).scale
     assert all((error(found) <= error(share * top) * 1.00001).all() for share in (.3, .5, .8, 1))
     assert not torch.equal(found, quantize(W, how).scale)
 
