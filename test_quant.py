@@ -121,7 +121,6 @@ def test_noise_is_uniform_and_independent_and_of_index_and_key_alone():
     x, u = torch.empty(64, 32), uniform(torch.empty(64, 32), 7)
     assert torch.equal(u[:16], uniform(x[:16], 7)) and 0 <= u.min() and u.max() <= 1
     assert torch.equal(u, uniform(x.bfloat16(), torch.tensor(7, dtype=torch.int32)))
-    assert torch.equal(u, torch.compile(uniform, backend='aot_eager')(x, 7))
     assert len({noise_key(s, t, i) for s in range(9) for t in range(50) for i in range(20)}) > 8990
     with pytest.raises(ValueError, match='too many for stochastic'):
         uniform(torch.empty(2 ** 31, device='meta'), 7)
@@ -167,9 +166,6 @@ def test_packing_loses_nothing(text):
     q = quantize(y, s, scale=ONE)
     assert torch.equal(dequantize(q), y) and torch.equal(levels(q), y)
     assert 8 * q.codes.untyped_storage().nbytes() == bits * y.numel()
-    if bits < 8:
-        with pytest.raises(ValueError, match='not divide a last axis of 15'):
-            quantize(normal(2, 15), s)
 
 
 @each('name', [name for name, grid in GRIDS.items() if grid.dtype.is_floating_point])
@@ -203,13 +199,12 @@ def test_symmetric_and_asymmetric_formulas():
     s = a.abs().amax(1, keepdim=True) / 7
     assert close(fake_quant(x, 'int4/row'), (a / s).round().clamp(-8, 7) * s)
     least, most = a.amin(1, keepdim=True).clamp(max=0), a.amax(1, keepdim=True)
-    s, z = (most - least) / 15, (least / (most - least) * 15 + 8).round()
-    oracle = ((a / s - z).round().clamp(-8, 7) + z) * s
-    assert close(fake_quant(x, 'int4/row/asymmetric'), oracle)
-    for text in every(GRIDS, ['asymmetric']):                           # no clipping, no idle code
-        q, grid = quantize(x, text), GRIDS[spec(text).grid]
-        assert ((x - dequantize(q)).abs() <= q.scale * 0.5001).all()
-        assert levels(q).max() - levels(q).min() >= 0.6 * (grid.high - grid.low)
+    for text in every(GRIDS, ['asymmetric']):
+        _, low, high, *_ = GRIDS[spec(text).grid]
+        s = (most - least) / (high - low)
+        z = (least / s - low).round()
+        oracle = ((a / s - z).round().clamp(low, high) + z) * s
+        assert close(fake_quant(x, f'{text}/row'), oracle)
 
 
 def test_scales_are_of_the_axes_they_say_and_float32():
@@ -219,11 +214,8 @@ def test_scales_are_of_the_axes_they_say_and_float32():
         assert torch.allclose(quantize(x, f'int8/{group}').scale.flatten(), most.flatten() / 127)
     for how in ('int8', 'int8/row', 'int8/4', 'nvfp4/hadamard'):        # an axis alone is a row
         assert torch.equal(fake_quant(y, how), fake_quant(y[None], how)[0])
-    with pytest.raises(ValueError, match='blocks of 3 do not divide a last axis of 8'):
-        quantize(x, 'int8/3')
-    s = (x := normal(64, 256).bfloat16()).abs().amax(-1, keepdim=True) / 127    # a mistake
-    error = lambda y: (y.float() - x.float()).norm()
-    assert error(fake_quant(x, 'int8/row')) < 0.98 * error((x / s).round() * s)
+    x = normal(64, 256).bfloat16()                  # no step is in x's own dtype, but the last
+    assert torch.equal(fake_quant(x, 'int8/row'), fake_quant(x.float(), 'int8/row').bfloat16())
 
 
 def test_absmean_is_mean_over_the_root_of_the_highest_code():
@@ -234,11 +226,6 @@ def test_absmean_is_mean_over_the_root_of_the_highest_code():
         assert bool(texts) == (not grid.float and grid.bits > 0)
     y = torch.tensor([[-1.9, -0.4, 0.3, 1.0, 1.0, -1.0, 1.0, 1.4]])     # mean|y| = 1: from -2 to 1
     assert quant.damage(y, spec('int2/row/absmean'))['clipped'] == 1 / 8
-    once = w = fake_quant(x, 'ternary/tensor/absmean')
-    assert torch.allclose(fake_quant(w, 'ternary/row'), w)              # absmax is idempotent
-    for _ in range(20):                                                 # the trap: ever new scales
-        w = fake_quant(w, 'ternary/tensor/absmean')
-    assert w.abs().max() < 0.1 * once.abs().max()
 
 
 @each('name', [*GRIDS, *FORMATS])
@@ -263,7 +250,6 @@ def test_v_is_never_rounded_to_zero(text):
     for most in (1.0, 1e30):                    # where the quotient underflows, too
         v = torch.tensor([[0.0, 1e-45, 1e-38, 1e-12, 1e-6, most, 0, 0]])
         assert ((fake_quant(v, f'{text}/row') > 0) == (v > 0)).all()
-        assert (fake_quant(v, f'{spec(text).grid}/row')[v > 0] == 0).any()    # linear codes do
 
 
 @each('n, block', [(256, 128), (96, 32), (64, 64), (7, 1)])
@@ -272,7 +258,6 @@ def test_the_rotation_is_orthogonal_and_spreads_outliers(n, block):
     oracle = torch.block_diag(*[(1 - 2.0 * parity) / block ** 0.5] * (n // block))
     x = normal(8, n)
     assert torch.allclose(quant.rotate(x), x @ oracle, atol=1e-5)
-    assert torch.allclose(quant.rotate(quant.rotate(x)), x, atol=1e-5)
     x[:, 3] *= 50
     error = lambda how: (fake_quant(x, how) - x)[:, 4:].norm()          # of all that is no outlier
     assert block < 64 or error('int4/row/hadamard') < 0.8 * error('int4/row')
@@ -489,26 +474,14 @@ def test_quantized_states_stay_close_but_linear_v_explodes(m, v, size, error):
 
 
 def test_m_and_v_have_noise_of_their_own():
-    x, g = normal(64, 128).abs(), torch.zeros(64, 128)
-    x[:, 0], g[:, 0] = 4.0, 1.0         # g = g^2, so that m and v are the same but for chance
-    h, codes = torch.tensor([0, 0, .9, .9, 1, 1, 1e-8, 1]), []
-    for key in (1, 2):
-        m, v = (quantize(x, 'int8/row/stochastic', 9) for _ in range(2))
-        quant.adamw_step(quantize(normal(64, 128), ''), g, m, v, h,
-                         torch.tensor(key, dtype=torch.int32))
-        codes += m.codes, v.codes
+    """And every seed has. Where g is 0 or 1, so g^2 = g, m and v are the same but for chance."""
+    how, codes = 'int8/row/stochastic', []
+    for seed in (1, 2):
+        _, optimizer, step = pair(adam_m=how, adam_v=how, beta1=0.9, beta2=0.9, seed=seed)
+        for i in range(5):
+            step((normal(64, 128, seed=i) > 0).float())
+        codes += [q.codes for q in optimizer.state['0.weight']]
     assert all(0.2 < (a != b).float().mean() < 0.8 for a, b in itertools.combinations(codes, 2))
-
-
-def test_only_chance_keeps_what_adds_less_than_half_a_code_to_m():
-    g, ends = torch.full((64, 128), 1e-3), []
-    g[:, 0] = 1.0                       # of a code of m, 1/127, the others add a thousandth a step
-    for how in ('int8/row/stochastic', 'int8/row'):
-        _, optimizer, step = pair(adam_m=how, beta1=0.99)
-        for _ in range(500):
-            step(g)
-        ends.append(dequantize(optimizer.state['0.weight'][0])[:, 1:].mean().item())
-    assert ends == [pytest.approx((1 - 0.99 ** 500) * 1e-3, rel=0.1), 0.0]     # +- .03 in theory
 
 
 @each('m, keys', [*((m, {'adam_v': 'rank1'}) for m in [*every(GRIDS, ['', 'row']), *FORMATS]),
@@ -528,35 +501,25 @@ def test_rank1_is_exact_for_rank_one():
     assert torch.allclose(*ends, atol=1e-5) and torch.allclose(fake_quant(size, 'rank1'), size)
 
 
-@each('stored, code_lr', [(f'{text}/{how}', code_lr) for text in (*STORED, 'int4/16', 'int2/column')
-                          for how, code_lr in (('stochastic', 0.0), ('nearest', 0.5))
-                          if not code_lr or text[0] in 'ti'])
-def test_stored_weights_stay_on_their_grid(stored, code_lr):
-    layer, optimizer, step = pair(stored, code_lr=code_lr, adam_m='int8/row/stochastic')
-    for i in range(5):
-        old, w = levels(layer.stored_weight()), step(normal(64, 128, seed=i))
-    moved = (levels(layer.stored_weight()) != old).float().mean().item()
-    assert w.isfinite().all() and 0 < moved == pytest.approx(optimizer.flips())
-
-
 def test_the_mean_of_a_step_by_chance_is_the_step():
     """Paper 2: E[q'] = clip(W' / s), W' = AdamW(W, g)."""
-    n, g, total = 300, normal(64, 128), 0
-    for seed in range(n):
-        layer, _, step = pair('ternary/tensor/absmean/stochastic', learning_rate=5e-3, seed=seed,
-                              weight_decay=0.1)
-        q, s = levels(layer.stored_weight()), layer.scale.clone()
-        step(g)
-        total = total + levels(layer.stored_weight())
-    w = torch.nn.Parameter(q * s)
-    w.grad = g
+    n, g = 2 ** 14, normal(1, 128)
+    layer, optimizer, step = pair('ternary/tensor/absmean/stochastic', (n, 128),
+                                  learning_rate=5e-3, weight_decay=0.1)
+    layer.codes[:] = layer.codes[0]                                     # n times the same row
+    q, s = levels(layer.stored_weight()), layer.scale.clone()
+    w = torch.nn.Parameter(q[0] * s[0])
+    w.grad = g[0]
     torch.optim.AdamW([w], lr=5e-3, weight_decay=0.1).step()
-    bias = total / n - (w.detach() / s).clamp(-1, 1)
+    new = step(g.expand(n, 128)) / s
+    bias = new.mean(0) - (w.detach() / s[0]).clamp(-1, 1)
     assert torch.equal(layer.scale, s) and (bias.abs() <= 5 * 0.5 / math.sqrt(n)).all()
-    assert bias.mean().abs() <= 5 * 0.5 / math.sqrt(n * q.numel())
+    assert bias.mean().abs() <= 5 * 0.5 / math.sqrt(n * 128)
+    assert optimizer.flips() == pytest.approx((new != q).float().mean().item())
 
 
-@each('stored, lr', [(TERNARY, 0.3), ('ternary/tensor', 1.5), ('int2/row', 0.8), ('int8/32', 0.02)])
+@each('stored, lr', [(TERNARY, 0.3), ('ternary/tensor', 1.5), ('int8/32', 0.02), *(
+    (text, 0.8 / spec(text).top) for text in ('int2/column', *STORED) if text[:3] == 'int')])
 def test_a_code_moves_when_its_gradients_add_up_to_a_level(stored, lr):
     """Sum lr Qp g / sqrt(vhat) since it last moved, and the rest of it stays; one at the end of
     its grid gathers no more than a level."""
@@ -568,11 +531,11 @@ def test_a_code_moves_when_its_gradients_add_up_to_a_level(stored, lr):
         e = e + lr * high * g / (v / (1 - 0.5 ** t)).sqrt()
         whole = torch.where(e < 0, e.ceil(), e.floor())
         new = torch.minimum(torch.maximum(q - whole, torch.tensor(low)), torch.tensor(high))
-        q, e = new, (e - (q - new)).clamp(-1, 1)
+        moved, q, e = (new != q).float().mean(), new, (e - (q - new)).clamp(-1, 1)
         step(t * g, clip=1 / t)
         ours = levels(layer.stored_weight()) == q, (state_of(optimizer)[0] - e).abs() < 1e-3
         assert all(same.float().mean() > 0.999 for same in ours)        # a sum may be just a level
-    assert 0.01 < optimizer.flips() < 1
+    assert 0.01 < moved == pytest.approx(optimizer.flips(), abs=1e-3)
 
 
 @each('mean, lr, e, rate', [*((0, lr, 'int8', (lr / (1 + 0.583 * lr)) ** 2) for lr in (0.2, 0.1)),
@@ -593,21 +556,18 @@ def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
     model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0, code_lr=0.8,
                 base_width=16)
     before, optimizer = copy.deepcopy(model.state_dict()), Optimizer(model, model.config)
-    narrow = 16 / model.config.n_embd
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
         step, block, state = before[name] - p, name in linears(model), optimizer.state[name]
         assert len(state) == 2 - (block and kind == 'muon')
-        assert len(state) == 1 or close(step, torch.tensor(1e-3 * narrow if block else 0.5), 1e-2)
-    optimizer.begin(0.25)       # a quarter of all rates
-    assert [optimizer.rates[k][0].item() for k in ('direct', 'scale', kind)] == pytest.approx(
-        [0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
-    model.config.base_width = 1000      # narrower than that, rates are as they are
-    optimizer.begin()
-    rates = [optimizer.rates[k][0].item() for k in ('direct', kind)]
-    assert rates == pytest.approx([0.8, 1e-3])
+        assert len(state) == 1 or close(step, torch.tensor(1e-3 / 4 if block else 0.5), 1e-2)
+    for base_width, narrow in ((16, 1 / 4), (1000, 1)):     # n_embd = 64: above it, and below
+        model.config.base_width = base_width
+        optimizer.begin(schedule=0.25)
+        rates = [optimizer.rates[k][0].item() for k in ('direct', 'scale', kind)]
+        assert rates == pytest.approx([0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
 
 
 @each('size', [1.0, 1e-22])
@@ -640,11 +600,12 @@ def test_muon_makes_the_singular_values_of_a_step_about_1(shape, m):
     assert len(state_of(optimizer)) == 1 + bool(m)                      # codes and scales, no v
 
 
-@each('stored', ['', TERNARY, 'int8/row', 'bf16/stochastic', 'fp8/row/stochastic'])
+@each('stored', ['', TERNARY, 'int8/row', 'int4/16/stochastic', 'int2/column/stochastic',
+                 *(f'{text}/stochastic' for text in STORED)])
 def test_the_optimizer_steps_the_weight_that_the_model_reads(stored):
     """Each layer its own; after a cast there and back, another optimizer, or loading."""
     config = Config(learning_rate=0.1, adam_m='int8/row',
-                    code_lr=1.5 * (stored in (TERNARY, 'int8/row')))
+                    code_lr=1.5 * ('stochastic' not in stored))
     net, read = torch.nn.Sequential(Linear(64, 64), Linear(64, 32)), lambda: [
         dequantize(layer.stored_weight()).clone() for layer in net]
     net[0].store_(stored)
@@ -717,25 +678,22 @@ def test_gptq_is_its_definition_column_by_column(how, act_order):
 @each('how', ['int4/row/mse', 'int3/24/mse'])
 def test_gptq_chooses_scales_for_what_the_layer_sees(how):
     W, H, s = normal(24, 144), correlated(144), spec(how)
-    x, weight = (quant.grouped(t, s) for t in (W, H.diagonal().expand_as(W)))
-    x_hat = lambda scale: scale * (x / scale).round().clamp(*GRIDS[s.grid][1:3])
-    error = lambda scale: (weight * (x - x_hat(scale)) ** 2).sum(-1, keepdim=True)
-    found, top = gptq(W, H, how).scale, x.abs().amax(-1, keepdim=True) / s.top
+    rounded = lambda scale: dequantize(quantize(W, s, scale=scale))
+    error = lambda scale: quant.grouped(H.diagonal() * (W - rounded(scale)) ** 2, s).sum(-1, True)
+    found, top = gptq(W, H, how).scale, quantize(W, replace(s, scale='absmax')).scale
     assert all((error(found) <= error(share * top) * 1.00001).all() for share in (.3, .5, .8, 1))
     assert not torch.equal(found, quantize(W, how).scale)
 
 
 @each('how', ['int8/row', 'int4/row', 'int3/32', 'ternary/row', 'fp8/row'])
-def test_gptq_rounds_channels_without_correlations_or_data_to_nearest(how):
+def test_gptq_rounds_channels_without_data_to_nearest(how):
     W, H, dead, layer = normal(16, 160), correlated(160), torch.tensor([0, 7, 39]), Linear(160, 16)
     W[2, 64:96] = 0
-    for act_order in (False, True):
-        q = gptq(W, torch.diag(0.1 + normal(160, seed=1).abs()), how, act_order=act_order)
-        assert all(map(torch.equal, q[:2], quantize(W, how)[:2]))
     H[dead] = H[:, dead] = 0
-    same = levels(gptq(W, H, how)) == levels(quantize(W, how))
-    assert same[:, dead].all() and not same.all()
-    layer.store_(how, gptq(W, H, how))
+    q, nearest = gptq(W, H, how), quantize(W, how)
+    same = levels(q) == levels(nearest)
+    assert same[:, dead].all() and not same.all() and torch.equal(q.scale, nearest.scale)
+    layer.store_(how, q)
     assert 'row' in how or not dequantize(layer.stored_weight())[2, 64:96].any()
     for bad in (correlated(160, tokens=8), torch.full((160, 160), math.nan), -torch.eye(160) + 1):
         with pytest.raises(ValueError, match='more sequences, or more damping'):
@@ -759,9 +717,7 @@ def test_gptq_goes_through_the_model_layer_by_layer(flavour):
     rtn_(some := gpt(keep='h.0|mlp.c_proj', gradients='int4/row'), 'int3/row')
     low = [(bool(m.stored), m.how != How()) for m in linears(some).values()]
     assert low == [(False, False)] * 4 + [(True, True)] * 3 + [(False, False)]
-    rtn_(full, 'int3/row')
-    assert {x.stored for m in (full, model) for x in linears(m).values()} == {spec('int3/row')}
-    for bad, data, says in ((full, idx, 'quantized already'), (gpt(), idx[:0], 'needs data'),
+    for bad, data, says in ((model, idx, 'quantized already'), (gpt(), idx[:0], 'needs data'),
                             (gpt(weights='int4/row'), idx, 'quantized already')):
         with pytest.raises(ValueError, match=says):
             gptq_(bad, 'int4/row', data)
@@ -796,24 +752,20 @@ def test_the_head_is_tied_and_stays_so_or_untied(flavour):
 
 
 @each('flavour', ['gpt2', 'llama'])
-def test_attention_and_norms(flavour):
+@each('heads', [4, 2, 1])
+def test_attention_and_norms(flavour, heads):
     """Shared heads are k and v repeated; rope turns pairs (2i, 2i + 1) like complex numbers."""
-    few, full = (gpt(flavour=flavour, n_head=4, n_kv_head=n, norm_eps=0.5) for n in (1, 0))
-    state, x, idx = few.state_dict(), normal(2, 20, 64) * 0.5 + 1, tokens(2, 20)
-    for name in [name for name in state if 'c_attn' in name]:
-        q, k, v = state[name].split([64, 16, 16])
-        state[name] = torch.cat((q, *[k] * 4, *[v] * 4))
-    full.load_state_dict(state)
-    assert torch.allclose(few(idx), full(idx), atol=1e-5)
-    attn, ln_f = full.h[0].attn, full.ln_f
-    q, k, v = attn.c_attn(x).view(2, 20, 12, 8, 2).transpose(1, 2).chunk(3, 1)
+    model = gpt(flavour=flavour, n_head=4, n_kv_head=heads, norm_eps=0.5)
+    attn, ln_f, x = model.h[0].attn, model.ln_f, normal(2, 20, 64) * 0.5 + 1
+    pairs = attn.c_attn(x).view(2, 20, 4 + 2 * heads, 8, 2).transpose(1, 2)
+    q, k, v = pairs.split([4, heads, heads], 1)
     if flavour == 'llama':
         angle = torch.outer(torch.arange(20.0), 10000 ** (-torch.arange(0, 16, 2) / 16))
         turn = torch.polar(torch.ones(20, 8), angle)                    # by position and pair
         q, k = (torch.view_as_real(torch.view_as_complex(t.contiguous()) * turn) for t in (q, k))
-    q, k, v = (t.flatten(-2) for t in (q, k, v))
+    q, k, v = (t.flatten(-2).repeat_interleave(4 // t.shape[1], 1) for t in (q, k, v))
     oracle = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    assert close(attn(x, full.embed(idx)[1], None), attn.c_proj(oracle))
+    assert close(attn(x, model.embed(tokens(2, 20))[1], None), attn.c_proj(oracle))
     y, x = ln_f(x), x - x.mean(-1, keepdim=True) * (flavour == 'gpt2')
     assert torch.allclose(y, x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt(), atol=1e-6)
 
