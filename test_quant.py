@@ -734,12 +734,10 @@ def gpt(**keys):
     return model
 
 
-@each('flavour', ['gpt2', 'llama'])
-def test_the_head_is_tied_and_stays_so_or_untied(flavour):
-    plain, quantized, untied = (gpt(flavour=flavour, weights='int8/row', quantize_head=q, tied=t)
+def test_the_head_is_tied_and_stays_so_or_untied():
+    plain, quantized, untied = (gpt(weights='int8/row', quantize_head=q, tied=t)
                                 for q, t in ((False, True), (True, True), (False, False)))
-    count, x = lambda m: sum(p.numel() for p in m.parameters()), tokens(2, 8)
-    assert count(plain) == count(quantized) == count(untied) - 64 * 64
+    x = tokens(2, 8)
     assert not torch.equal(plain(x), quantized(x))
     quantized.lm_head.how = How()                                       # a Spec is an attribute
     untied.load_state_dict(plain.state_dict())
