@@ -703,17 +703,14 @@ def test_gptq_rounds_channels_without_data_to_nearest(how):
 @each('flavour', ['gpt2', 'llama'])
 def test_gptq_goes_through_the_model_layer_by_layer(flavour):
     keys = dict(flavour=flavour, activations='int8/row', kv_cache='int8/row', n_kv_head=1)
-    full, model, idx, seen = gpt(**keys), gpt(**keys), tokens(32, 32), []
+    model, twin, idx, seen = gpt(**keys), gpt(**keys), tokens(32, 32), []
     gptq_(model, 'int3/row', idx)
-    for i, name in enumerate(names := list(linears(full))):
-        twin = gpt(**keys)              # inputs come through the layers before, quantized
-        for before in names[:i]:
-            linears(twin)[before].store_('int3/row', linears(model)[before].stored_weight())
-        linears(twin)[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for name, layer in linears(twin).items():       # x comes through those before, quantized
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         twin(idx)
-        H = hessian(seen.pop(), linears(twin)[name].how.activations)
-        oracle = gptq(linears(full)[name].weight, H, 'int3/row')
+        oracle = gptq(layer.weight, hessian(seen[-1], layer.how.activations), 'int3/row')
         assert all(map(torch.equal, linears(model)[name].stored_weight()[:2], oracle[:2]))
+        layer.store_('int3/row', oracle)
     rtn_(some := gpt(keep='h.0|mlp.c_proj', gradients='int4/row'), 'int3/row')
     low = [(bool(m.stored), m.how != How()) for m in linears(some).values()]
     assert low == [(False, False)] * 4 + [(True, True)] * 3 + [(False, False)]
