@@ -650,26 +650,22 @@ def correlated(n, tokens=512):
     return 2 * x.T @ x / tokens
 
 
-def gptq_oracle(W, H, how, damping, act_order):
-    """One column after the other in float64, by inverting H anew for those that are left."""
-    s, left, codes = spec(how), W.double(), torch.zeros(W.shape)
-    scale = quantize(W, how).scale.expand_as(quant.grouped(W, s)).reshape(W.shape).double()
-    H = H.double() + damping * H.diagonal().double().mean() * torch.eye(len(H))
-    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)
-    for k, i in enumerate(order):
-        inverse = torch.linalg.inv(H[order[k:]][:, order[k:]])
-        codes[:, i] = (left[:, i] / scale[:, i]).round().clamp(*GRIDS[s.grid][1:3])
-        error = (left[:, i] - scale[:, i] * codes[:, i]) / inverse[0, 0]
-        left[:, order[k:]] -= torch.outer(error, inverse[0])
-    return codes
-
-
 @each('act_order', [False, True])
 @each('how', ['int4/row', 'int3/24', 'int2/row/absmean', 'ternary/row/absmean'])
 def test_gptq_is_its_definition_column_by_column(how, act_order):
-    W, H = normal(24, 144), correlated(144)                 # more than one block of columns
+    """In float64, by inverting H anew for the columns that are left."""
+    W, H, s = normal(24, 144), correlated(144), spec(how)   # more than one block of columns
     q, nearest = gptq(W, H, how, 0.01, act_order), quantize(W, how)
-    differs = levels(q) != gptq_oracle(W, H, how, 0.01, act_order)
+    left, codes = W.double(), torch.zeros(W.shape)
+    scale = nearest.scale.expand_as(quant.grouped(W, s)).reshape(W.shape).double()
+    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(144)
+    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)
+    for k, i in enumerate(order):
+        inverse = torch.linalg.inv(damped[order[k:]][:, order[k:]])
+        codes[:, i] = (left[:, i] / scale[:, i]).round().clamp(*GRIDS[s.grid][1:3])
+        error = (left[:, i] - scale[:, i] * codes[:, i]) / inverse[0, 0]
+        left[:, order[k:]] -= torch.outer(error, inverse[0])
+    differs = levels(q) != codes
     assert torch.equal(q.scale, nearest.scale) and differs.any(1).sum() <= 1    # a tie turned
     E, e = W - dequantize(q), W - dequantize(nearest)
     assert (E @ H * E).sum() < (e @ H * e).sum() and e.norm() < E.norm()
