@@ -151,7 +151,8 @@ def read(name):
 
 def read_tokenizer(theirs):
     """The dict of a tokenizer of transformers, if it is byte-level BPE and cuts text in a way that
-    is known: both agree then on each of its words, on this file, and on ça, 你好, it's 1234, ½, é, ﬁ, 🙂\t.
+    is known: both agree then on each of its words alone and on this file, for which here are
+    ça, 你好, it's 1234, ½, é, ﬁ, 🙂\t.
     """
     vocab, text = theirs.get_vocab(), Path(__file__).read_text(encoding='utf-8')
     words = sorted(vocab, key=vocab.get)

@@ -103,7 +103,8 @@ def split_files(files):
 
     documents = [('val' if is_val(path) else 'train', text) for path, text in files]
     val = sum(len(text) for split, text in documents if split == 'val')
-    if 0.03 <= val / sum(len(text) for _, text in files) <= 0.3:
+    both = sum(len(text) for _, text in files)
+    if 0.03 * both <= val <= 0.3 * both:
         return documents
     cut = [(text, int(0.9 * len(text))) for _, text in files]
     return [('train', text[:n]) for text, n in cut] + [('val', text[n:]) for text, n in cut]
@@ -114,7 +115,7 @@ def split_files(files):
 
 TOKENIZER = 'tokenizer', 'vocab_size', 'pattern', 'ranks', 'special'    # its keys in meta.json
 NUMBERS = 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes', 'bytes_per_token'
-LOOKED_THROUGH = 5e7    # tokens: a tenth of a second
+LOOKED_THROUGH = 5e7    # tokens, at the start of a run
 FILES = 'train.bin', 'val.bin', 'meta.json'
 # of val.bin, to hold losses against: the entropy of its unigrams, nats a token; bits a byte by xz
 YARDSTICKS = 'unigram_loss', 'xz_bpb'
