@@ -967,12 +967,11 @@ def test_a_bad_flag_is_one_clear_line(flags, says, small, full, tmp_path):
 
 
 def test_the_readme_adds_a_grid_of_one_bit(small, monkeypatch):
-    source = re.findall(r"^'(?:binary|odd)': .*", (ROOT / 'README.md').read_text('utf-8'), re.M)
-    grid, odd = [eval(f'{{{line.split("#")[0]}}}', vars(quant)) for line in source]
-    for field, words, new in (('grid', GRIDS, grid), ('map', MAPS, odd)):
-        for word in new:
-            monkeypatch.setitem(words, word, new[word])
-            monkeypatch.setitem(WORDS, field, [*WORDS[field], word])
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    for field, words, word in (('grid', GRIDS, 'binary'), ('map', MAPS, 'odd')):
+        entry = re.search(f"^'{word}': (.*), *#", text, re.M)[1]
+        monkeypatch.setitem(words, word, eval(entry, vars(quant)))
+        monkeypatch.setitem(WORDS, field, [*WORDS[field], word])
     train.main([*small, '--weights=binary/row/odd/mse'])
 
 
