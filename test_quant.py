@@ -631,9 +631,8 @@ def test_the_optimizer_steps_the_weight_that_the_model_reads(stored):
 @each('most, stored, keys', [(12, '', {}), (0.9, TERNARY, {'adam_m': 'int4/128', 'adam_v':
       'rank1'}), (1.5, TERNARY, {'adam_m': 'int8/row', 'adam_v': 'rank1', 'code_lr': 0.2})])
 def test_bytes_are_read_off_the_storages(most, stored, keys):
-    net = torch.nn.Sequential(Linear(256, 512))
-    net[0].store_(stored)
-    optimizer, net[0].weight.grad = Optimizer(net, Config(**keys)), normal(512, 256)
+    layer, optimizer, _ = pair(stored, (512, 256), **keys)
+    layer.weight.grad, net = normal(512, 256), optimizer.model
     size, weights = bytes_held(net, optimizer), [*net.parameters(), *net.buffers()]
     assert size['linear']['weights'] + size['linear']['optimizer'] <= most
     assert size['linear']['gradients'] == 4 and size['gradients'] == 4 * 512 * 256
