@@ -931,7 +931,6 @@ def equal(a, b):
     ('--kv_cache=int8/row/stochastic', 'nearest'), ('--kv_cache=int2/row --n_embd=12', 'of int2'),
     ('--gradients=nvfp4 --backward=requantize --block_size=25 --batch_size=1', 'blocks of 16 do'),
     ('--optimizer=muon --stored=int8', 'muon'), ('--code_lr=.1 --stored=bf16', 'whole'),
-    ('--code_lr=.1 --stored=int8/sqrt', 'whole'),
     ('--code_lr=.1 --stored=int8/stochastic', 'no stochastic'),
     ('--code_lr=.1 --stored=int8 --adam_m=int8/row/absmean', 'whole level'),
     ('--beta1=0 --adam_m=int8/row', 'no m to store'),

@@ -323,8 +323,8 @@ def check(c, given):
          'quantize_head needs weights, too, or compute = float'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
         (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
-        (c.code_lr and stored and (GRIDS[stored.grid].float or stored.map != 'linear'), 'code_lr '
-         'moves codes that are whole numbers: ternary or int2 .. int8, and no map'),
+        (c.code_lr and stored and GRIDS[stored.grid].float, 'code_lr moves codes that are whole '
+         'numbers: ternary or int2 .. int8'),
         (stored and stored.rounding == 'stochastic' and c.code_lr, 'with a code_lr nothing rounds '
          'stored weights: no stochastic in stored'),
         (c.code_lr and m and (m.scale != 'absmax' or m.format.endswith('fp4')), 'adam_m must hold '

@@ -671,6 +671,11 @@ def test_the_page_says_what_was_measured_of_direct_training():
                  for without in (False, True)]
         assert name.split(';')[0] == side
         assert cell == '; without momentum '.join(', '.join(part) for part in parts if part), name
+    for results in tiny:                # README: below AdamW without momentum, above Muon
+        mean, half = runs.compare(results, direct.TERNARY, direct.PLAIN)
+        assert mean + half < 0
+    mean, half = runs.compare(tiny[0], direct.TERNARY, direct.MUON)
+    assert mean - half > 0 and 'tiny models end below it, above Muon' in readme
     for results in found.values():
         mean, half = runs.compare(results, direct.TERNARY, direct.ROWS)
         said = f'{-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f})'
