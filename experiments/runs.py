@@ -227,8 +227,9 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
     done = {r.get('mark') for r in old}
     missing = {job.mark: job for job in todo if job.mark not in done}          # each once
     there = {r['dtype'] for r in old if 'dtype' in r and 'dtype' not in keys(r['args'])}
+    asks = any('dtype' not in keys(job.args) for job in missing.values())
     here = train.pick_dtype(train.Config(), train.pick_device(train.Config()))
-    if missing and there - {str(here).removeprefix('torch.')}:
+    if asks and there - {str(here).removeprefix('torch.')}:
         raise SystemExit(f"{path} was computed in {', '.join(there)}, and here it would be {here}:"
                          ' go on where it began, or move the file away to begin anew')
     threads = max(1, cores() // jobs)

@@ -290,8 +290,10 @@ def test_an_experiment_goes_on_where_it_stopped(small, elsewhere):
         print(json.dumps({**one, 'mark': '', 'args': [], 'dtype': 'another'}), file=f)
     runs.run_all(path, todo, 1, run=seen.append)
     with pytest.raises(SystemExit, match='was computed in another, and here it would be'):
-        runs.run_all(path, [*todo, todo[0]._replace(seed=2)], 1, run=seen.append)
+        runs.run_all(path, [*todo, runs.Job('four', ['config/small.py'], 1)], 1, run=seen.append)
     assert not seen
+    with pytest.raises(SystemExit, match='1 of 1 runs failed: bad: error: no dataset'):
+        runs.run_all(path, [runs.Job('bad', ['--dtype=float32', '--dataset=nowhere'], 1)], 1)
 
 
 @pytest.fixture
