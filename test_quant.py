@@ -836,9 +836,8 @@ def test_generated_code_is_eager(how):
     'config/bitnet.py', '--optimizer=muon', '--adam_m=int4/64/sqrt']], ids=str)
 def test_compiled_is_eager(args, small, monkeypatch):
     """Whole graphs, equal bits; no new code after the third step, nor for an evaluation."""
-    from torch._dynamo.backends.debugging import aot_eager as eager     # generates no code
-    graphs, compile = [], torch.compile
-    backend = lambda graph, inputs: graphs.append(graph) or eager(graph, inputs)
+    from torch._dynamo.testing import CompileCounterWithBackend
+    backend, compile = CompileCounterWithBackend('aot_eager'), torch.compile    # generates no code
     monkeypatch.setattr(torch, 'compile', lambda f=None, dynamic=False, **options: compile(
         f, backend=backend, fullgraph=True, dynamic=dynamic))
     torch._dynamo.reset()
@@ -848,11 +847,11 @@ def test_compiled_is_eager(args, small, monkeypatch):
         for step in range(5):
             if step == 3:
                 run.evaluate(256, run.val_data)
-                count = len(graphs)
+                count = backend.frame_count
             run.advance()
         ends.append([*run.model.state_dict().values(), *state_of(run.optimizer)])
     run.evaluate(256, run.val_data)
-    assert all(map(torch.equal, *ends)) and len(graphs) == count > 3
+    assert all(map(torch.equal, *ends)) and backend.frame_count == count > 3
 
 
 # ------------------------------------------------------------------------------------------------
