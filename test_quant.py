@@ -402,8 +402,7 @@ def test_stored_codes_are_all_there_is(stored):
     for ours, oracle in zip((a, *grads(a, x, layer.weight)), (b, *grads(b, x, w))):
         assert torch.allclose(ours, oracle, atol=1e-5)
     state = copy.deepcopy(layer.double().float().state_dict())
-    assert layer.weight.untyped_storage().nbytes() == 4 and 'weight' not in state
-    assert not any(t.dtype == torch.float32 and t.numel() >= w.numel() for t in state.values())
+    assert layer.weight.untyped_storage().nbytes() == 4 and state.keys() <= {'codes', 'scale'}
     twin.load_state_dict(state)
     assert torch.equal(twin(x), layer(x)) and torch.equal(layer(x), a)
     layer.store_('int4/row')                                            # to other bits
