@@ -1257,11 +1257,10 @@ def test_a_fine_tuned_model_is_packed_without_loss(how, small, full, tmp_path):
 
 def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
     path, new = tmp_path / 'run' / 'ckpt.pt', f'--out_dir={tmp_path / "new"}'
-    for name, text, vocab in (('a', 'the cat sat on the mat, and ', 258), ('b', 'a fox? ', 258),
-                              ('c', 'a fox? ', path)):      # with a's tokens
-        if name == 'c':
-            train.main([*small, f'--dataset={tmp_path}/a', '--max_iters=1'])
-        prepare(tmp_path / name, name, [('train', text * 99), ('val', text * 99)], vocab)
+    for name, text in (('a', 'the cat sat on the mat, and '), ('b', 'a fox? ')):
+        prepare(tmp_path / name, name, [('train', text * 99), ('val', text * 99)], 258)
+    train.main([*small, f'--dataset={tmp_path}/a', '--max_iters=1'])
+    prepare(tmp_path / 'c', 'c', [('train', text * 99), ('val', text * 99)], path)  # a's tokens
     assert 'another tokenizer' in error(path, *small, f'--dataset={tmp_path}/b', new)
     assert 'another tokenizer' in error(path, f'--dataset={tmp_path}/b', '--eval_only=True')
     train.main([str(path), *small, f'--dataset={tmp_path}/c', new, '--max_iters=1'])
