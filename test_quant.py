@@ -24,12 +24,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_py
 import quant
 import train
 from config import CHOICES, SPECS, load
 from data.corpus import prepare
-from model import GPT, Head
+from model import GPT, Head, cross_entropy
 from quant import (FORMATS, GRIDS, MAPS, WORDS, How, KVCache, Linear, Optimizer, Spec, bytes_held,
                    dequantize, fake_quant, gptq, gptq_, health, hessian, levels, linears,
                    noise_key, quantize, rtn_, spec, stream, uniform)
@@ -795,7 +794,7 @@ def test_the_loss_in_chunks_is_cross_entropy(n, vocab, how):
     head.weight.data *= 50
     targets = torch.randint(vocab, (2, n // 2), generator=torch.Generator().manual_seed(0))
     head.chunk = lambda x, w, *rest: seen.append((len(x) * len(w), rest[-1])) or \
-        model_py.cross_entropy(x, w, *rest)
+        cross_entropy(x, w, *rest)
     loss, oracle = head.loss(x, targets), F.cross_entropy(head(x).flatten(0, 1), targets.flatten())
     assert len(seen) == math.ceil(n * vocab / 2 ** 20) and max(seen)[0] <= 2 ** 20
     ours, oracles = ((y, *torch.autograd.grad(3 * y, (x, head.weight))) for y in (loss, oracle))
