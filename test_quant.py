@@ -875,9 +875,8 @@ def error(*args):
 
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
-    """A dataset of bytes made of this repository's own sources."""
-    folder, files = tmp_path_factory.mktemp('data'), ('quant.py', 'model.py', 'train.py')
-    text = ''.join((ROOT / name).read_text(encoding='utf-8') for name in files)
+    """A dataset of bytes made of quant.py."""
+    folder, text = tmp_path_factory.mktemp('data'), (ROOT / 'quant.py').read_text(encoding='utf-8')
     prepare(folder, 'test', [('train', text[5000:]), ('val', text[:5000])], 256)
     return folder
 
