@@ -526,8 +526,7 @@ def test_a_code_moves_when_its_gradients_add_up_to_a_level(stored, lr):
         g = normal(64, 128, seed=t)
         v = v / 2 + g * g / 2
         e = e + lr * high * g / (v / (1 - 0.5 ** t)).sqrt()
-        whole = torch.where(e < 0, e.ceil(), e.floor())
-        new = torch.minimum(torch.maximum(q - whole, torch.tensor(low)), torch.tensor(high))
+        new = (q - e.trunc()).clamp(low, high)
         moved, q, e = (new != q).float().mean(), new, (e - (q - new)).clamp(-1, 1)
         step(t * g, clip=1 / t)
         ours = levels(layer.stored_weight()) == q, (state_of(optimizer)[0] - e).abs() < 1e-3
