@@ -352,10 +352,13 @@ def draw(everything, path):
         curves = {}
         for (grid, method), value in costs(found).items():
             beside = int(grid[3]) + 0.04 * (len(DRAWN) / 2 - DRAWN.index(method))
-            curves.setdefault((method, grid[4:-4]), []).append((beside, *interval([*value])))
+            curves.setdefault((method, grid[5:-4]), []).append((beside, *interval([*value])))
         for (method, group), points in curves.items():
             one.errorbar(*zip(*points), marker=marker, capsize=3, color=METHODS[method],
-                         ls='-:'['row' in group], label=f'{method}, {model}{group}')
+                         ls='-:'[group == 'row'])
+        for group in sorted({group for _, group in curves}):
+            one.plot([], [], marker + '-:'[group == 'row'], color='0.4',
+                     label=f'{model}, a scale per {group}')
     found = next(iter(everything.values()))
     for (grid, method), value in costs(found).items():
         two.plot(of(found, grid, method, 'error').mean(), value.mean(), '^so'[int(grid[3]) - 2],
@@ -372,8 +375,9 @@ def draw(everything, path):
             (three, f'on the way to {grid}', 'distance from the trained weights', {})):
         axis.set(title=title, xlabel=x, ylabel='rise of the loss; QAFT over the control', **more)
         if axis is not three:
-            axis.set_yscale('symlog', linthresh=0.01)
-    one.legend(fontsize=6)
+            axis.set_yscale('symlog', linthresh=0.01, linscale=0.3)
+            axis.set_ylim(min(0, axis.dataLim.ymin))
+    one.legend()
     three.legend()
     fig.savefig(path)
 
