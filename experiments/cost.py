@@ -50,15 +50,16 @@ def measure():
 
 def plot(path):
     """Draw a file of points to cost.png beside it."""
-    from experiments.figures import pyplot
+    from experiments.figures import METHODS, pyplot
     data = json.loads(path.read_text(encoding='utf-8'))
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for panel, axis, label in zip(panels, ('width', 'context'),
                                   ('width (context 256)', 'context in tokens (width 256)')):
-        for name in STRATEGIES:
+        for name, marker in zip(STRATEGIES, 'o+x^'):       # two of the lines lie on each other
             points = [p for p in data['points'] if p['axis'] == axis and p['strategy'] == name]
             panel.plot([p['value'] for p in points], [p['seconds_a_token'] * 1e6 for p in points],
-                       'o-', label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
+                       marker + '-', color=METHODS[name], markersize=7,
+                       label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
         panel.set(xscale='log', yscale='log', xlabel=label)
         panel.set_xticks([p['value'] for p in points], [str(p['value']) for p in points])
         panel.minorticks_off()
