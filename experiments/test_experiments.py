@@ -26,7 +26,7 @@ import quant
 import train
 from data.corpus import prepare, read_dataset
 from data.tokenizer import make_tokenizer
-from experiments import (bench, bits, curve, direct, fit, fuzz, ideas, memory, no_gpu,
+from experiments import (bench, bits, curve, direct, fit, fusion, fuzz, ideas, memory, no_gpu,
                          pretrained, pretraining, ptq, runs, scaling)
 from model import GPT
 
@@ -817,3 +817,8 @@ def test_the_page_says_what_was_measured_of_speed(section, place, file, columns)
             assert said and any(all(any(round(scale * x, n) == value for x in row
                                         for scale in (1, 1000)) for value, n in said)
                                 for row in rows), cells
+
+
+def test_the_bars_of_a_gpu_are_read_off_its_kernels():
+    found = json.loads((runs.RESULTS / 'fusion.json').read_text(encoding='utf-8'))
+    assert [[*bar] for bar in fusion.bars(found['strategies'])] == found['bars']
