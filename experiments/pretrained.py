@@ -30,7 +30,7 @@ from convert import gguf, read_checkpoint
 from data.corpus import read_files, split_files
 from data.tokenizer import encoding
 from experiments.llamacpp import rounded
-from experiments.runs import RESULTS, ROOT, machine
+from experiments.runs import RESULTS, ROOT, machine, read
 from quant import dequantize, gptq_, linears, quantize, rtn_
 from train import pick_dtype
 
@@ -159,6 +159,14 @@ def measure(name, row, base, data, full):
     return result
 
 
+def rows_of(path, kind):
+    """{name: line of results} of the file, which must be of this text and this precision."""
+    lines = read(path)
+    if lines and not kind.items() <= lines[0].items():
+        fail(f'{path} is of another text or precision: move it away to begin anew')
+    return {r['name']: r for r in lines}
+
+
 def table(results):
     """pretrained.md."""
     first, *rest = results
@@ -181,17 +189,15 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', default='', help='only those whose name has this in it')
     args = parser.parse_args()
-    path, done = RESULTS / 'pretrained.jsonl', {}
+    path = RESULTS / 'pretrained.jsonl'
     base, tokenizer, difference = load()
     data = texts(tokenizer)
-    digest = hashlib.sha256(torch.cat([w for _, w in data.values()]).numpy().tobytes()).hexdigest()
-    if path.exists():
-        lines = [*map(json.loads, path.read_text('utf-8').splitlines())]
-        done = {r['name']: r for r in lines if lines[0]['sha256'] == digest}    # of the same text
+    text = torch.cat([windows for _, windows in data.values()]).numpy().tobytes()
+    kind = {'dtype': str(base.dtype), 'sha256': hashlib.sha256(text).hexdigest()}
+    done = rows_of(path, kind)
     wanted = {name: row for name, row in rows().items() if args.rows in name and name not in done}
     full = {text: losses(copy.deepcopy(base), windows) for text, (_, windows) in data.items()}
-    first = {'name': 'full precision', 'dtype': str(base.dtype), 'sha256': digest,
-             'differs_from_transformers': difference,
+    first = {'name': 'full precision', **kind, 'differs_from_transformers': difference,
              **{text: {'loss': x.mean().item()} for text, x in full.items()}}
     for name, row in wanted.items():
         done[name] = measure(name, row, base, data, full) | {

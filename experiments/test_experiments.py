@@ -630,6 +630,16 @@ def test_rows_of_a_real_model_are_quantized_copies(monkeypatch):
     assert all(f'| {name} |' in told for name in pretrained.rows())
 
 
+def test_rows_of_another_precision_are_not_thrown_away(tmp_path):
+    path, kind = tmp_path / 'rows.jsonl', {'dtype': 'torch.float32', 'sha256': 'a'}
+    assert pretrained.rows_of(path, kind) == {}
+    path.write_text(json.dumps({'name': 'full precision', **kind}) + '\n')
+    assert pretrained.rows_of(path, kind).keys() == {'full precision'}
+    for other in {**kind, 'dtype': 'torch.bfloat16'}, {**kind, 'sha256': 'b'}:
+        with pytest.raises(SystemExit, match='another text or precision: move it away'):
+            pretrained.rows_of(path, other)
+
+
 def test_rows_of_memory_and_bits_are_runs():
     found = memory.jobs([11], most=(2, 4))
     assert len(found) == 11 and len(bits.jobs([11, 12, 13])) == 45          # one does not fit in 2
