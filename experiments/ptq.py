@@ -65,7 +65,7 @@ PLANS = {
     # a step at a rate of zero makes it a run like any other; one seed chooses, and reports
     'smollm2': Plan('out/pretrained/ckpt.pt block_size=512 batch_size=4 learning_rate=0. '
                     'embedding_lr=0. max_iters=1 warmup_iters=0', 128, 4, (64,), (3, 2),
-                    RATES[::2], (1,), TUNED[:2], 11, 1, 2 ** 13, 33)}
+                    RATES[2:], (1,), TUNED[:2], 11, 1, 2 ** 13, 33)}
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
 WAY = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5      # from the trained weights to those of a method
 
