@@ -688,6 +688,10 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert mean + half < 0
     mean, half = runs.compare(tiny[0], direct.TERNARY, direct.MUON)
     assert mean - half > 0 and 'tiny models end below it, above Muon' in readme
+    mean, half = runs.compare(tiny[0], direct.BITNET, direct.ADAMW)
+    assert abs(mean) < half and '`bitnet` is level with `baseline`' in readme
+    mean, half = runs.compare(tiny[0], direct.MUON, direct.ADAMW)
+    assert f'Muon {-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f}) below it' in page
     for results in found.values():
         mean, half = runs.compare(results, direct.TERNARY, direct.ROWS)
         said = f'{-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f})'
@@ -774,7 +778,7 @@ def test_the_page_has_the_scores_and_claims_of_the_laws():
     assert all('| ' + ' | '.join(row) + ' |' in lines for row in score + told)
     readme = (ROOT / 'README.md').read_text(encoding='utf-8').replace('\n', ' ')
     a, b = (round(float(cell.split(' %')[0])) for cell in score[0][2:4])
-    assert f'{b} % off, the form of Kumar et al. {a} %' in readme
+    assert re.search(rf'{b} % off, the form of \[Kumar et al.\]\(.*?\) {a} %', readme)
 
 
 def test_the_page_has_the_memory_that_was_counted_and_measured():
