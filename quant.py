@@ -32,9 +32,8 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
-# an integer grid has codes from low = Qn to high = Qp, packed in bytes if they have less than 8
-# bits; a grid of floats, (mantissa bits, smallest exponent), has the rounded numbers as its codes,
-# and fp4 stores their bits
+# codes are integers from low = Qn to high = Qp, or, if float = (mantissa bits, smallest exponent),
+# the rounded numbers (fp4: their bits); those of fewer than 8 bits are packed in bytes
 Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
@@ -246,8 +245,7 @@ def grouped(x, s):
 
 
 def find_scale(x, s, weight=1.0):
-    """(scale, zero, outer) of the groups of x, for mse by errors times `weight`, grouped too. The
-    scale of zeros is TINY."""
+    """(scale, zero, outer) of x, grouped; mse weighs errors by `weight`. Zeros get TINY."""
     grid, axis = GRIDS[s.grid], s.axis
     if s.sign == 'asymmetric':
         least = x.amin(axis, keepdim=True).clamp(max=0)             # so that 0 is a code
@@ -296,7 +294,7 @@ def round_to(y, s, key):
     grid = GRIDS[s.grid]
     u = uniform(y, key) if s.rounding == 'stochastic' else None
     if grid.float:
-        # between powers of two, the exponent bits of float32 alone, its numbers are equally spaced
+        # y's exponent bits alone are a power of two, from which to the next the grid is even
         mantissa, exponent = grid.float
         power = (y.view(torch.int32) & 0x7F800000).view(torch.float32)
         spacing = power.clamp(2.0 ** exponent, grid.high) * 2.0 ** -mantissa
@@ -349,7 +347,6 @@ def regroup(x, a, b):
     """The bits of numbers of a bits (..., C) as numbers of b bits (..., C a / b). Those of n / a
     numbers, C a / n apart, low bits first, are one of n bits, which is cut into n / b."""
     n = math.lcm(a, b)
-    # computed, not loaded
     digits = torch.arange(n, dtype=torch.int32 if n < 32 else torch.int64, device=x.device)
     whole = (x.unflatten(-1, (n // a, -1)) << digits[::a, None]).sum(-2, dtype=digits.dtype)
     return ((whole.unsqueeze(-2) >> digits[::b, None]) & (2 ** b - 1)).flatten(-2)
@@ -404,7 +401,7 @@ def matmul(a, b, codes, dtype, bias=None):
     """y = (s_a a) (s_b b)^T (+ bias), (M, N), of QTensors a (M, K) and b (N, K), in dtype; with
     `codes`, where Specs and shapes fit, s_a s_b (a b^T), of fp8 with y rounded to bfloat16."""
     if all(q.spec and q.spec.rotation for q in (a, b)):
-        # nothing is to undo: (a H)(b H)^T = a b^T
+        # no rotation is to be undone: (a H)(b H)^T = a b^T
         a, b = (q._replace(spec=replace(q.spec, rotation='')) for q in (a, b))
     if codes and together(a.spec, b.spec):
         # a scale for each row, (M, 1) and (N, 1); that of a tensor is repeated
@@ -449,7 +446,6 @@ def fold(g, q, how, key):
     if not together(q.spec, how.gradients) or how.gradients.group != 'row' or q.spec.rotation:
         raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), gradients "
                          'and activations symmetric integers or fp8, not rotated, a scale per row')
-    # the codes without their scales
     grid = q.spec.grid if GRIDS[q.spec.grid].float else 'int8'
     codes = QTensor(codes_of(q).T, q.scale.new_ones(1, 1), spec=Spec(grid, 'row'))
     folded = quantize(g * q.scale.T, how.gradients, key)        # the scale is (1, K) or (1, 1)
@@ -487,9 +483,8 @@ def matmul_backward(g, x, w, how, key):
     """dx (N, in) and dw (out, in) of QTensors x and w, as saved, and g = dL/dy (N, out)."""
     method, where = BACKWARD[how.backward], how.gradients_in
     g = in_memory(g) if how.gradients else g
-    # straight_through sees one g^ twice; fold and requantize each round g with their own noise
+    # straight_through sees one g^ twice; fold and requantize round g for each matmul anew
     seen = fake_quant(g, how.gradients, stream(key, 2)) if method is straight_through else g
-    # the matmul that gradients_in leaves out takes g as it is
     dx = straight_through(g, w) if where == 'dw' else method(seen, w, how, stream(key, 2))
     dw = straight_through(g.T, x) if where == 'dx' else method(seen.T, x, how, stream(key, 3))
     return dx, dw
@@ -563,7 +558,7 @@ class Linear(nn.Module):
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # groups of zeros may move: they get the mean scale, or, if none is alive, of in^-1/2
+            # groups of zeros are to move: the mean scale, or, if none is alive, one for in^-1/2
             alive = ~(q.scale <= TINY)                              # nan stays nan
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
@@ -638,7 +633,7 @@ def in_memory(x):
 
 
 def inductor(options, on_gpu=True):
-    """Set torch up for MATMULS; those of the options that it knows, for a GPU, else none."""
+    """The options that torch knows, none without a GPU; for MATMULS, torch itself is changed."""
     if options is MATMULS and on_gpu:
         with suppress(ImportError, AttributeError):     # private, but nothing else does it
             from torch._inductor import lowering, select_algorithm
@@ -685,9 +680,8 @@ def second_moment(g, v, h, key):
 
 
 def adamw_step(w, g, m, v, h, key):
-    """w <- Q((1 - decay) w - lr mhat / sqrt(vhat)); returns how many codes moved, or None.
-    Loshchilov & Hutter, arXiv 1711.05101; with quantized m and v, paper 1; with a low-bit w, paper
-    2 as published."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); with quantized m and v paper 1, with a low-bit
+    w paper 2 as published. Returns how many codes moved, or None."""
     h = Rates(*h.unbind())
     g, old = h.clip * g.float(), dequantize(w)
     m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g if m else g     # beta1 = 0: no m is held
@@ -708,9 +702,8 @@ def direct_step(w, g, e, v, m_s, v_s, h, h_s, key):
     Returns how many codes moved, by row. e, (out, in) in levels, is stored as m would be; m_s and
     v_s are Adam's moments of log s, so that a step multiplies s. A gradient that is weak but steady
     moves a code in 1 / (lr Qp mean(g / sqrt(vhat))) steps, and noise, whose sum grows as a root, in
-    about 1 / (lr Qp)^2. Of q and e, only e is rounded. So q - e is a latent weight, as BitNet has,
-    in few bits, held within a level of the grid; but a code that has moved moves back only after a
-    whole level. Paper 2 keeps no e and rounds w stochastically; README says what else is known."""
+    about 1 / (lr Qp)^2. So q - e is a latent weight, as BitNet has, in few bits; but a code moves
+    back only after a whole level. Paper 2 has no e, and rounds w stochastically."""
     h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
     root, v_new = second_moment(g, v, h, stream(key, 2))
@@ -904,7 +897,7 @@ class Optimizer:
 # post-training quantization
 
 def rtn_(model, how):
-    """q = clip(round(w / s), Qn, Qp), to nearest: all that block linears, but for `keep`, hold."""
+    """Block linears, but for `keep`, hold q = clip(round(w / s), Qn, Qp) alone, to nearest."""
     for layer in linears(model).values():
         if not layer.keep:
             layer.store_(how)
