@@ -11,5 +11,5 @@ learning_rate = 24e-4           # 3e-4 at this width, see base_width
 embedding_lr = 3e-4
 beta2 = 0.95
 warmup_iters = 1000
-max_iters = 20000               # 10.5B tokens: data/fineweb/prepare.py --tokens=1e10
+max_iters = 20000               # 10.5B tokens, of data/fineweb/prepare.py --tokens=1e10: 5 % twice
 eval_interval = 1000
