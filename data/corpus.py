@@ -6,6 +6,9 @@ meta.json holds the tokenizer (see tokenizer.py) and
   train_tokens, val_tokens, train_bytes, val_bytes
                    ids in each .bin (end-of-text included), bytes of the text they stand for
   bytes_per_token  val_bytes / val_tokens: bits per byte = nats per token / ln 2 / bytes_per_token
+  unigram_loss, xz_bpb
+                   of val.bin, to hold losses against: the entropy of its unigrams, nats a token;
+                   bits a byte by xz
   sha256           of tokenizer, train.bin and val.bin. Only losses under one sha256 compare.
 
 meta.json is written last, and removed first when a dataset is made anew: where it exists, the
@@ -117,7 +120,6 @@ TOKENIZER = 'tokenizer', 'vocab_size', 'pattern', 'ranks', 'special'    # its ke
 NUMBERS = 'train_tokens', 'val_tokens', 'train_bytes', 'val_bytes', 'bytes_per_token'
 LOOKED_THROUGH = 5e7    # tokens, at the start of a run
 FILES = 'train.bin', 'val.bin', 'meta.json'
-# of val.bin, to hold losses against: the entropy of its unigrams, nats a token; bits a byte by xz
 YARDSTICKS = 'unigram_loss', 'xz_bpb'
 
 

@@ -1,6 +1,6 @@
 """
 The source code of the installed sympy, which comes with torch: 16 MB, no download. All machines
-with sympy 1.14.0 get the same bytes, so this is the corpus for numbers that must compare.
+with sympy 1.14.0 get the same bytes.
 
     python data/sympy/prepare.py [--tokenizer=1024] [--out=data/sympy]
 """
@@ -17,7 +17,7 @@ def main():
     spec = importlib.util.find_spec('sympy')
     if not spec:
         raise SystemExit('sympy is not installed: pip install sympy==1.14.0')
-    # the largest files are tables of numbers and generated parsers
+    # max_bytes leaves one file out, a benchmark with systems of hundreds of equations
     folder = spec.submodule_search_locations[0]
     files = read_files(folder, '*.py', skip=('tests', '__pycache__'), max_bytes=400_000)
     prepare(args.out, 'sympy', split_files(files), args.tokenizer)
