@@ -117,8 +117,8 @@ def words_of(tokenizer):
 
 def tokenizer_of(words, special, pattern, end):
     """The tokenizer's dict of byte-level BPE: words by id as GPT-2 writes them, {special: id}, of
-    which the id `end` ends a document. Bytes that no word stands for, such as never are in
-    English, become tokens after the others."""
+    which the id `end` ends a document. Bytes that no word stands for, if any, become tokens after
+    the others."""
     lacking = [c for c in BYTES.values() if c not in set(words)]
     words, n, byte = words + lacking, len(words), {c: chr(b) for b, c in BYTES.items()}
     while not lacking and words[n - 1] in special:      # at the end they are not among the ranks

@@ -39,7 +39,7 @@ FLOATS = {'F16': np.float16, 'F32': np.float32}
 
 
 def blocks(q, kind):
-    """The bytes of a QTensor (out, in) in a type of integers, (out, bytes), or None: no place."""
+    """A QTensor (out, in) as bytes (out, bytes) of a type of integers; None if it does not fit."""
     import gguf
     grid, (size, low, high) = integers(q), BLOCKS[kind]
     group = q.spec.group if grid and isinstance(q.spec.group, int) else 0
