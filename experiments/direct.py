@@ -35,7 +35,7 @@ GRIDS = {'int3': 0.04, 'int4': 0.024, 'int8': 0.012}
 
 def tries(size):
     """{side: [keys for train.py]}, the first of which it takes as long as none has ended."""
-    rate = 6e-3 if size == 'tiny' else 1.5e-3   # around half of it, the highest was best for two
+    rate = 6e-3 if size == 'tiny' else 1.5e-3   # 3e-3 was too low a middle for BitNet and Muon
     found = {}
     for side, how in HOW.items():
         # without momentum, half the rate was better at the default size (results/tries.jsonl)

@@ -47,7 +47,7 @@ HELD, BAR = 208, 20      # held out; percent, what the median error of delta the
 # seeds on which no rate was tuned: the first everywhere, others for some precisions and megabytes
 SEEDS = {48: (11, 12, 13), 64: (11, 12, 13), 96: (11, 12), 144: (11,), 208: (11,)}
 SEEDED, SEEDED_MB = ('', 'w2', 'direct ternary'), (1, 2)
-# name: kind of tensor, bits and keys for train.py; all cost much more than the noise
+# name: kind of tensor, bits and keys for train.py
 PRECISIONS = {'w2': ('weights', 2, 'weights=int2/row'),
               'token3': ('activations', 3, 'activations=int3/row'),
               'token4': ('activations', 4, 'activations=int4/row'),
@@ -183,8 +183,9 @@ def bootstrap(full, points, noise, draws=200):
 def rates_of(kind, MB):
     """Keys for train.py, near the best of a few tries with seed 2 (results/tries.jsonl): most at 2
     MB and widths of 48 and 208, so learning_rate goes as 1 / d; code_lr is that of the config. At
-    8 MB and 48, others were 1 % better for full precision, w2 and token3. Activations and a cache
-    of few bits get worse with more text unless their rates fall."""
+    8 MB and 48, half of them ended 1 % lower in full precision and w2, on seed 2 against 11, less
+    than seeds differ. Activations and a cache of few bits get worse with more text unless their
+    rates fall."""
     lr, embedding_lr = 8e-3, 96e-3
     if kind in ('activations', 'cache'):
         lr, embedding_lr = lr * min(1, 2 / MB), embedding_lr / MB
