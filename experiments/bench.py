@@ -424,7 +424,7 @@ def training(size):
 
 def peak_memory():
     """Peak bytes of a training step at 350M, context 1024, batch 8: direct ternary training with
-    an update in the backward; 8-bit states and activations; bfloat16 and float32 AdamW."""
+    an update in the backward; w8a8 and adam8; AdamW in float32, activations in bfloat16."""
     def peak(*args):
         free()
         step = our_step([*args, *SIZES['350M']], 50304)

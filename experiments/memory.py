@@ -31,7 +31,7 @@ MEGABYTES, STEPS = (2, 4, 8), 2400
 
 
 def config_of(text):
-    """The Config of keys that are right: not tried, which takes a second."""
+    """The Config of keys that are known to be right: to try it would take a second."""
     return replace(train.Config(), **keys(arguments(text)))
 
 

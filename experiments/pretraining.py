@@ -1,13 +1,12 @@
 """
-What each quantized tensor costs in pre-training: paper 1 (2407.11722) and the 4-bit recipes of
-2026.
+What each quantized tensor costs in pre-training: paper 1 (2407.11722), and later 4-bit recipes.
 
     python -m experiments.pretraining       an hour and a half on two cores
 
 Every row trains a model of width 64, .26M weights in the blocks, on the same 1.6M tokens, none of
-them twice: 6.2 to a weight. Longer training parts runs that differ in next to nothing, as their
-attention learns one thing or another, sooner or later: after 2,400 steps, with one head a layer,
-full precision and five ways of 8 bits were 6 % apart (results/tries.jsonl).
+them twice: 6.2 to a weight. Longer training drives runs apart that differ in next to nothing, since
+attention learns this or that, sooner or later: after 2,400 steps, with one head a layer, full
+precision and five ways of 8 bits were 6 % apart (results/tries.jsonl).
 
 Rows that a claim is about are trained with all seeds, the others with the first one. Writes
 results/pretraining.jsonl (one line a run; finished ones are skipped), .md (claims and tables) and

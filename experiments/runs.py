@@ -199,9 +199,9 @@ def probed():
 
 
 def start_worker(threads, free=None):
-    """Of a process that will train, and ends with the program that started it: its threads, cores
-    and memory, and the noise of stochastic rounding compiled, which is the same to the bit, but
-    eager takes half the time of runs that quantize g."""
+    """Set up a process that will train, and that ends with the program which started it: threads,
+    cores, memory, and stochastic rounding. Its noise is compiled, and stays the same to the bit;
+    eager, it would take half the time of runs that quantize g."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # between runs it ends without a word
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)

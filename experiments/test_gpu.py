@@ -51,7 +51,7 @@ def test_the_noise_of_a_gpu_is_that_of_a_cpu():
 
 
 def test_codes_of_a_gpu_are_those_of_a_cpu():
-    """All Specs but those whose scale is a sum, whose order differs: absmean, mse, rotated."""
+    """Of all Specs, but for ties where a sum, whose order differs, decides: absmean, mse, rank1."""
     x, wrong = normal(64, 256), []
     for text in GROUPED:
         summed = {'absmean', 'mse', 'rank1'} & set(text.split('/'))
