@@ -58,7 +58,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # llama only
     init_gain: float = 0.7       # block linears start from N(0, init_gain^2 / fan_in); 0: as GPT-2
-    quantize_head: bool = False  # weights, activations and gradients are the head's, too
+    quantize_head: bool = False  # weights, activations and gradients are for the head, too
     keep: str = ''               # block linears with this regular expression in their names stay
                                  # in full precision: 'h.0|mlp.c_proj'
 
@@ -240,7 +240,7 @@ class Run:
         self.tokenizer = {key: self.meta[key] for key in TOKENIZER}
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
-        self.step, self.seconds, self.losses = 0, 0.0, []            # since the last log line
+        self.step, self.seconds, self.losses = 0, 0.0, []       # losses since the last log line
         self.log = self.optimizer = None
         # weights are drawn on the CPU: the same for every device
         torch.manual_seed(config.seed)
@@ -449,7 +449,7 @@ class Run:
         if at_once:
             self.optimizer.begin(rate)
         loss, stop, grads = self.forward_backward()
-        # an update in the backward has clipped and used them already, but saves nothing
+        # an update in the backward has used them already, but nothing is saved before this check
         norm = torch.nn.utils.get_total_norm(self.norms if at_once else grads).item()
         self.check_finite(loss, 'loss')
         self.check_finite(norm, 'norm of the gradient')
@@ -494,7 +494,7 @@ class Run:
         rate = (self.step - self.mark[0]) * self.tokens / (self.seconds - self.mark[1])
         self.losses, self.mark = [], (self.step, self.seconds)
         peak = torch.cuda.max_memory_allocated(self.device) if gpu else 0
-        if resource and not gpu:        # in kilobytes, but on a Mac
+        if resource and not gpu:        # in kilobytes, except on a Mac
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             peak *= 1 if sys.platform == 'darwin' else 1024
         flips = {'flips': self.optimizer.flips()} if config.stored else {}
