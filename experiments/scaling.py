@@ -22,7 +22,7 @@ uses the form that was better on the largest size. What costs less than four tim
 standard deviation of the loss over seeds in full precision, is neither fitted nor scored.
 
 Every D has a run with a cosine of its own. Branches that decay from one run at a constant rate
-would read 12 MB where this reads 15, but they would take machinery that nothing else needs.
+would read less, but they would take machinery that nothing else needs.
 """
 import argparse
 import copy
@@ -183,9 +183,9 @@ def bootstrap(full, points, noise, draws=200):
 def rates_of(kind, MB):
     """Keys for train.py, near the best of a few tries with seed 2 (results/tries.jsonl): most at 2
     MB and widths of 48 and 208, so learning_rate goes as 1 / d; code_lr is that of the config. At
-    8 MB and 48, half of them ended 1 % lower in full precision and w2, on seed 2 against 11, less
-    than seeds differ. Activations and a cache of few bits get worse with more text unless their
-    rates fall."""
+    8 MB and 48, half these rates ended 1 % lower in full precision and w2: on seed 2, not 11, and
+    by less than seeds differ. Activations and a cache of few bits get worse with more text unless
+    their rates fall."""
     lr, embedding_lr = 8e-3, 96e-3
     if kind in ('activations', 'cache'):
         lr, embedding_lr = lr * min(1, 2 / MB), embedding_lr / MB
