@@ -294,7 +294,7 @@ def round_to(y, s, key):
     grid = GRIDS[s.grid]
     u = uniform(y, key) if s.rounding == 'stochastic' else None
     if grid.float:
-        # y's exponent bits alone are a power of two, from which to the next the grid is even
+        # y's exponent bits alone are the power of two below it; up to the next, spacing is equal
         mantissa, exponent = grid.float
         power = (y.view(torch.int32) & 0x7F800000).view(torch.float32)
         spacing = power.clamp(2.0 ** exponent, grid.high) * 2.0 ** -mantissa
@@ -485,6 +485,7 @@ def matmul_backward(g, x, w, how, key):
     g = in_memory(g) if how.gradients else g
     # straight_through sees one g^ twice; fold and requantize round g for each matmul anew
     seen = fake_quant(g, how.gradients, stream(key, 2)) if method is straight_through else g
+    # the matmul that gradients_in leaves out takes g as it is
     dx = straight_through(g, w) if where == 'dw' else method(seen, w, how, stream(key, 2))
     dw = straight_through(g.T, x) if where == 'dx' else method(seen.T, x, how, stream(key, 3))
     return dx, dw
@@ -558,7 +559,7 @@ class Linear(nn.Module):
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # groups of zeros are to move: the mean scale, or, if none is alive, one for in^-1/2
+            # groups of zeros may move: they get the mean scale, or, if none is alive, of in^-1/2
             alive = ~(q.scale <= TINY)                              # nan stays nan
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
@@ -680,8 +681,9 @@ def second_moment(g, v, h, key):
 
 
 def adamw_step(w, g, m, v, h, key):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); with quantized m and v paper 1, with a low-bit
-    w paper 2 as published. Returns how many codes moved, or None."""
+    """w <- Q((1 - decay) w - lr mhat / sqrt(vhat)); returns how many codes moved, or None.
+    Loshchilov & Hutter, arXiv 1711.05101; with quantized m and v, paper 1; with a low-bit w, paper
+    2 as published."""
     h = Rates(*h.unbind())
     g, old = h.clip * g.float(), dequantize(w)
     m_new = h.beta1 * dequantize(m) + (1 - h.beta1) * g if m else g     # beta1 = 0: no m is held
