@@ -771,6 +771,9 @@ def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
     for rows, part in (told, lines[:small]), (verdicts, lines[small:]):
         assert all(any(line.startswith('| ' + ' | '.join(row) + ' |') for line in part)
                    for row in rows)
+    gptq, qaft = (float((row[3] or row[2]).split()[0]) for row in its[6:8])
+    readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
+    assert gptq < qaft and 'SmolLM2, after few steps from its own weights, loses' in readme
 
 
 def test_the_page_has_the_scores_and_claims_of_the_laws():
