@@ -17,7 +17,8 @@ METHODS = {
     'direct ternary': BLUE, 'direct int4': SKY, 'direct int8': GREEN,
     'int8 codes, ternary forward': GREEN, 'bfloat16 without momentum': PINK, 'RTN': ORANGE,
     'GPTQ': GREEN, 'QAFT': BLUE, 'QAFT from GPTQ': SKY, 'QAFT with a teacher': PINK,
-    'random': '0.6', 'float32': BLACK, 'bfloat16': PINK, 'w8a8 + adam8': ORANGE, 'ternary': BLUE}
+    'scales of GPTQ': RED, 'random': '0.6', 'float32': BLACK, 'bfloat16': PINK,
+    'w8a8 + adam8': ORANGE, 'ternary': BLUE}
 
 pyplot.rcParams.update({
     'axes.prop_cycle': matplotlib.cycler(

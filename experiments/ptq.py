@@ -6,10 +6,12 @@ Post-training quantization against quantization-aware fine-tuning (paper 3, 2410
 
 The block weights of a trained model are brought to 4, 3 and 2 bits: rounded to nearest (RTN), by
 GPTQ, and by fine-tuning with quantized weights (QAFT), which starts from the trained weights or
-from GPTQ's, and may have the trained model as its teacher. GPTQ and QAFT see the same new text, of
-files that a model trained here has not read. A control is fine-tuned on it in full precision, with
-the same tries. The cost of a method is the rise of the loss: of RTN and GPTQ over the trained
-model, of QAFT over the control, so that what any model gains from new text does not count.
+from GPTQ's, and may have the trained model as its teacher. Or GPTQ's codes stay, and their scales
+are fine-tuned (as in PEQA, Kim et al., arXiv 2305.14152), with embeddings and norms, as elsewhere.
+All see the same new text, of files that a model trained here has not read. A control is fine-tuned
+on it in full precision, with the same tries. The cost of a method is the rise of the loss: of RTN
+and GPTQ over the trained model, of others over the control, so that what any model gains from new
+text does not count.
 Rates and epochs are chosen on one half of the validation text, and losses are of the other.
 
 Writes results/ptq.jsonl, one line a run, ptq.md and ptq.png. Finished runs are skipped; but where
@@ -46,26 +48,28 @@ class Plan(NamedTuple):
     rates: tuple            # of fine-tuning, at a width of 256: each is tried
     epochs: tuple           # with each number of epochs
     methods: tuple          # of fine-tuning; those after QAFT only below 4 bits, first of groups
+    scale_rates: tuple      # of `SCALES`, tried with the last of the rates for all else
     tuned: int              # the seed that chooses
     seeds: int              # so many report, at most
     tokens: int             # of validation text to report on; half as many to choose by
     step: float             # seconds of a step of fine-tuning, on one core of an AMD EPYC
 
 
-TUNED = 'QAFT', 'QAFT from GPTQ', 'QAFT with a teacher'
+SCALES = 'scales of GPTQ'
+TUNED = 'QAFT', 'QAFT from GPTQ', 'QAFT with a teacher', SCALES
 DRAWN = 'RTN', 'GPTQ', *TUNED, 'random'
 RATES = '3e-5', '1e-4', '3e-4', '1e-3'
 # a model that is trained here reads 4.1M tokens, each once, 2,048 a step, without momentum and
 # at the best of the rates that were tried for its size (results/tries.jsonl)
 PLANS = {
     'small': Plan('config/small.py beta1=0. max_iters=2000', 1024, 8, (64, 'row'), (4, 3, 2), RATES,
-                  (1, 2, 4), TUNED, 1, 9, 2 ** 16, 0.17),
+                  (1, 2, 4), TUNED[:3], (), 1, 9, 2 ** 16, 0.17),
     'default': Plan('config/baseline.py beta1=0. learning_rate=.75e-3 max_iters=2000', 1024, 8,
-                    (64,), (4, 3, 2), RATES[1:3], (4,), TUNED[:1], 1, 9, 2 ** 16, 0.55),
+                    (64,), (4, 3, 2), RATES[1:3], (4,), TUNED[:1], (), 1, 9, 2 ** 16, 0.55),
     # a step at a rate of zero makes it a run like any other; one seed chooses, and reports
     'smollm2': Plan('out/pretrained/ckpt.pt block_size=512 batch_size=4 learning_rate=0. '
                     'embedding_lr=0. max_iters=1 warmup_iters=0', 128, 4, (64,), (3, 2),
-                    RATES[2:], (1,), TUNED[:2], 11, 1, 2 ** 13, 33)}
+                    RATES[2:], (1,), (*TUNED[:2], SCALES), ('3e-3', '1e-2'), 11, 1, 2 ** 13, 33)}
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
 WAY = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5      # from the trained weights to those of a method
 
@@ -111,12 +115,16 @@ def jobs_of(model, seed, chosen=None):
         return found[grid, method, how].folder.relative_to(ROOT).as_posix()
 
     def fine_tune(grid, method, *start):
-        every = product(plan.rates, plan.epochs)
+        every = product(plan.scale_rates if method == SCALES else plan.rates, plan.epochs)
         for rate, epochs in [chosen[grid[:4], method]] if chosen else every:
             steps = epochs * plan.windows // plan.batch
+            # a code whose rate is 1e-9 does not move
+            what = f'weights={grid} learning_rate={rate}' if method != SCALES else \
+                f'stored={grid} weights= adam_m=int8/row/stochastic adam_v=rank1 code_lr=1e-9 ' \
+                f'scale_lr={rate} learning_rate={plan.rates[-1]}'
             add(grid, method, (rate, epochs), *start, *arguments(
-                f'config/qaft.py weights={grid} learning_rate={rate} max_iters={steps} '
-                f'warmup_iters={steps // 10} sequences={plan.windows}'), new)
+                f'config/qaft.py {what} max_iters={steps} warmup_iters={steps // 10} '
+                f'sequences={plan.windows}'), new)
 
     base = add('', 'base', None, *arguments(
         f"{plan.start} dataset=out/ptq/{model}-{'new' if '.pt' in plan.start else 'base'} "
@@ -126,9 +134,11 @@ def jobs_of(model, seed, chosen=None):
         grid, first = f'int{bits}/{group}/mse', group == plan.groups[0]
         rounded = base, 'config/gptq.py', f'--stored={grid}', f'--sequences={plan.windows}', new
         add(grid, 'RTN', None, *rounded, '--ptq=rtn')
-        floats = add(grid, 'GPTQ', None, *rounded) + '/floats.pt'
-        starts = [[base], [floats], [base, '--idea=teacher']]
-        for method, start in zip(plan.methods, starts):
+        gptq = add(grid, 'GPTQ', None, *rounded)
+        starts = dict(zip(TUNED, ([base], [f'{gptq}/floats.pt'], [base, '--idea=teacher'],
+                                  [f'{gptq}/ckpt.pt'])))
+        for method in plan.methods:
+            start = starts[method]
             if first and (bits < 4 or method == 'QAFT') or chosen and method == 'QAFT':
                 fine_tune(grid, method, *start)
     return found
@@ -288,8 +298,11 @@ def claims(found):
             (f'{b} over {a}', gain(b) - gain(a), '>=', 0) for a in grids
             for b in [f'int{int(a[3]) - 1}{a[4:]}'] if b in grids],
         'P7: at 3 and 2 bits it pays to start from GPTQ, and to have a teacher': [
-            part for method in TUNED[1:] for part in rising(
-                cost, (method, 'QAFT'), [g for g in low if (g, method) in found])]}
+            part for method in TUNED[1:3] for part in rising(
+                cost, (method, 'QAFT'), [g for g in low if (g, method) in found])],
+        'P8: there it costs less to tune the scales of GPTQ than its weights, or nothing': [
+            part for method in ('QAFT from GPTQ', 'GPTQ') for part in rising(
+                cost, (SCALES, method), [g for g in low if (g, SCALES) in found])]}
     if 'line' not in found[grids[0], 'RTN'][0]:
         return told
     r = lambda grid, method: of(found, grid, method.replace('random', 'RTN'), 'distance')

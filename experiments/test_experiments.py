@@ -308,7 +308,7 @@ def tiny(elsewhere, monkeypatch):
              'log_interval=10 dtype=float32 device=cpu learning_rate=2e-3 max_iters=240')
     plan = ptq.PLANS['small']._replace(
         start=shape, windows=32, batch=4, groups=(32,), bits=(3, 2), rates=('1e-5', '1e-3'),
-        epochs=(1,), tokens=512)
+        epochs=(1,), methods=ptq.TUNED, scale_rates=('1e-4', '1e-2'), tokens=512)
     monkeypatch.setitem(ptq.PLANS, 'small', plan)
     monkeypatch.chdir(elsewhere)        # where the checkpoints are
     (elsewhere / 'config').symlink_to(ROOT / 'config')
@@ -341,9 +341,9 @@ def test_quantized_after_training_and_looked_at(tiny, capsys):
     options = argparse.Namespace(models=['small'], seeds=[11, 12], jobs=1)
     ptq.main(options)
     results = runs.read(tiny / 'ptq.jsonl')
-    # the base, RTN and GPTQ on 2 grids, 2 tries of 3 methods and of the control; for each of 2
+    # the base, RTN and GPTQ on 2 grids, 2 tries of 4 methods and of the control; for each of 2
     # seeds the same without tries
-    assert len(results) == 1 + 4 + 2 * (6 + 1) + 2 * (1 + 4 + 6 + 1)
+    assert len(results) == 1 + 4 + 2 * (8 + 1) + 2 * (1 + 4 + 8 + 1)
     found = {(r['name'], r['seed']): r for r in results}
     base, three, two = (found[f'small {what}', 11] for what in (
         'base', 'int3/32/mse RTN', 'int2/32/mse RTN'))
@@ -354,7 +354,7 @@ def test_quantized_after_training_and_looked_at(tiny, capsys):
     assert {r['args'][0].rpartition('/')[2] for r in results if 'from GPTQ' in r['name']} == \
         {'floats.pt'}
     said = (tiny / 'ptq.md').read_text()
-    assert (tiny / 'ptq.png').exists() and all(f'| P{i}: ' in said for i in range(8))
+    assert (tiny / 'ptq.png').exists() and all(f'| P{i}: ' in said for i in range(9))
     ptq.main(options)                                                   # nothing is left to train
     assert len(runs.read(tiny / 'ptq.jsonl')) == len(results)
 
