@@ -664,7 +664,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert f'| {name} | {cells[0]} | {cells[1]} |' in page, (name, cells)
     tiny = [runs.results_of(runs.RESULTS / f'direct-tiny-{corpus}.jsonl', sum(
         direct.jobs_of('tiny', corpus).values(), [])) for corpus in found]
-    _, rows, tries, _ = tables('Direct training')
+    _, rows, tries, _, changes = tables('Direct training')
     for name, *cells in rows:
         name = name.replace(', one scale per tensor', '')
         for results, cell in zip([*found.values(), *tiny], cells):
@@ -683,6 +683,11 @@ def test_the_page_says_what_was_measured_of_direct_training():
                  for without in (False, True)]
         assert name.split(';')[0] == side
         assert cell == '; without momentum '.join(', '.join(part) for part in parts if part), name
+    for name, seeds, cell in changes:
+        mean, half = runs.compare(tiny[0], name, direct.TERNARY)
+        assert len(runs.losses(tiny[0], name)) == int(seeds)
+        assert cell == f'{mean:+.1f} %' + (
+            '' if math.isnan(half) else f' ({mean - half:+.1f} to {mean + half:+.1f})'), name
     for results in tiny:                # README: below AdamW without momentum, above Muon
         mean, half = runs.compare(results, direct.TERNARY, direct.PLAIN)
         assert mean + half < 0
