@@ -1,15 +1,15 @@
 """
 Post-training quantization against quantization-aware fine-tuning (paper 3, 2410.14570).
 
-    python -m experiments.ptq                       two models, five hours on two cores in all
+    python -m experiments.ptq                       two models, about six hours on two cores
     python -m experiments.ptq --models small        one of them; `default` is a larger one
 
 The block weights of a trained model are brought to 4, 3 and 2 bits: rounded to nearest (RTN), by
 GPTQ, and by fine-tuning with quantized weights (QAFT), which starts from the trained weights or
 from GPTQ's, and may have the trained model as its teacher. Or GPTQ's codes stay, and their scales
 are fine-tuned (as in PEQA, Kim et al., arXiv 2305.14152), with embeddings and norms, as elsewhere.
-All see the same new text, of files that a model trained here has not read. A control is fine-tuned
-on it in full precision, with the same tries. The cost of a method is the rise of the loss: of RTN
+GPTQ and fine-tuning see the same new text, of files that a model trained here has not read. A
+control is fine-tuned on it in full precision, with as many tries. The cost of a method is the rise of the loss: of RTN
 and GPTQ over the trained model, of others over the control, so that what any model gains from new
 text does not count.
 Rates and epochs are chosen on one half of the validation text, and losses are of the other.
@@ -135,11 +135,11 @@ def jobs_of(model, seed, chosen=None):
         rounded = base, 'config/gptq.py', f'--stored={grid}', f'--sequences={plan.windows}', new
         add(grid, 'RTN', None, *rounded, '--ptq=rtn')
         gptq = add(grid, 'GPTQ', None, *rounded)
-        starts = dict(zip(TUNED, ([base], [f'{gptq}/floats.pt'], [base, '--idea=teacher'],
-                                  [f'{gptq}/ckpt.pt'])))
-        for method in plan.methods:
-            start = starts[method]
-            if first and (bits < 4 or method == 'QAFT') or chosen and method == 'QAFT':
+        starts = [base], [f'{gptq}/floats.pt'], [base, '--idea=teacher'], [f'{gptq}/ckpt.pt']
+        for method, start in zip(TUNED, starts):
+            is_qaft = method == 'QAFT'
+            wanted = first and (bits < 4 or is_qaft) or chosen and is_qaft
+            if method in plan.methods and wanted:
                 fine_tune(grid, method, *start)
     return found
 
@@ -380,17 +380,20 @@ def draw(everything, path):
     for method in (m for m in DRAWN if m == 'random' or (grid, m) in found):
         r = of(found, grid, method.replace('random', 'RTN'), 'distance').mean()
         three.plot([a * r for a in WAY], ways(found, grid, method).mean(0), 'o-',
-                   color=METHODS[method], label=method, markevery=[WAY.index(1)])
+                   color=METHODS[method], markevery=[WAY.index(1)])
     for axis, title, x, more in (
             (one, 'cost', 'bits of a weight', {'xticks': (2, 3, 4)}),
             (two, 'cost; circles 4, squares 3, triangles 2 bits',
              'local error, |(Q - W) X|^2 / |W X|^2', {'xscale': 'log'}),
             (three, f'on the way to {grid}', 'distance from the trained weights', {})):
-        axis.set(title=title, xlabel=x, ylabel='rise of the loss; QAFT over the control', **more)
+        axis.set(title=title, xlabel=x, ylabel='rise of the loss; tuned, over the control', **more)
         if axis is not three:
             axis.set_yscale('symlog', linthresh=0.01, linscale=0.3)
             axis.set_ylim(min(0, axis.dataLim.ymin))
     one.legend()
+    shown = {'random', *(method for found in everything.values() for _, method in found)}
+    for method in filter(shown.__contains__, DRAWN):        # in any of the panels
+        three.plot([], [], 'o-', color=METHODS[method], label=method)
     three.legend()
     fig.savefig(path)
 

@@ -664,7 +664,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert f'| {name} | {cells[0]} | {cells[1]} |' in page, (name, cells)
     tiny = [runs.results_of(runs.RESULTS / f'direct-tiny-{corpus}.jsonl', sum(
         direct.jobs_of('tiny', corpus).values(), [])) for corpus in found]
-    _, rows, tries, _, changes = tables('Direct training')
+    _, rows, tries, _, changes, told = tables('Direct training')
     for name, *cells in rows:
         name = name.replace(', one scale per tensor', '')
         for results, cell in zip([*found.values(), *tiny], cells):
@@ -688,6 +688,9 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert len(runs.losses(tiny[0], name)) == int(seeds)
         assert cell == f'{mean:+.1f} %' + (
             '' if math.isnan(half) else f' ({mean - half:+.1f} to {mean + half:+.1f})'), name
+    md = (runs.RESULTS / 'direct-tiny-python.md').read_text(encoding='utf-8').splitlines()
+    assert ['| ' + ' | '.join(row) + ' |' for row in told] == \
+        [line for line in md if line.startswith('| 2 |')]
     for results in tiny:                # README: below AdamW without momentum, above Muon
         mean, half = runs.compare(results, direct.TERNARY, direct.PLAIN)
         assert mean + half < 0
@@ -770,13 +773,16 @@ def test_the_pages_say_what_was_measured_of_memory():
 def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
     lines = (runs.RESULTS / 'ptq.md').read_text(encoding='utf-8').splitlines()
     costs, told, its, verdicts = tables('Quantizing a trained model')
-    assert [*map(len, (costs, told, its, verdicts))] == [23, 8, 9, 4]
+    assert [*map(len, (costs, told, its, verdicts))] == [23, 8, 11, 5]
     assert all('| ' + ' | '.join(row) + ' |' in lines for row in costs + its)
     small = next(i for i, line in enumerate(lines) if line.startswith('## smollm2'))
     for rows, part in (told, lines[:small]), (verdicts, lines[small:]):
         assert all(any(line.startswith('| ' + ' | '.join(row) + ' |') for line in part)
                    for row in rows)
-    gptq, qaft = (float((row[3] or row[2]).split()[0]) for row in its[6:8])
+    moved = [flips for r in runs.read(runs.RESULTS / 'ptq.jsonl') if ptq.SCALES in r['name']
+             for _, flips, _ in r['curve']]
+    assert moved and not any(moved)         # the codes stay GPTQ's
+    gptq, qaft = (float((row[3] or row[2]).split()[0]) for row in its[7:9])
     readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
     assert gptq < qaft and 'SmolLM2, after few steps from its own weights, loses' in readme
 
