@@ -9,9 +9,9 @@ GPTQ, and by fine-tuning with quantized weights (QAFT), which starts from the tr
 from GPTQ's, and may have the trained model as its teacher. Or GPTQ's codes stay, and their scales
 are fine-tuned (as in PEQA, Kim et al., arXiv 2305.14152), with embeddings and norms, as elsewhere.
 GPTQ and fine-tuning see the same new text, of files that a model trained here has not read. A
-control is fine-tuned on it in full precision, with as many tries. The cost of a method is the rise of the loss: of RTN
-and GPTQ over the trained model, of others over the control, so that what any model gains from new
-text does not count.
+control is fine-tuned on it in full precision, with as many tries. The cost of a method is the rise
+of the loss: of RTN and GPTQ over the trained model, of others over the control, so that what any
+model gains from new text does not count.
 Rates and epochs are chosen on one half of the validation text, and losses are of the other.
 
 Writes results/ptq.jsonl, one line a run, ptq.md and ptq.png. Finished runs are skipped; but where
