@@ -657,6 +657,7 @@ def inductor(options, on_gpu=True):
 #     muon_step      w <- (1 - decay) w - lr c U V^T      U S V^T = about m; floats only
 #     direct_step    e <- e + lr Qp g / sqrt(vhat)        of codes q, w = s q, with e in place of m
 #                    q <- clip(q - trunc(e), Qn, Qp)      e keeps the rest
+#     scale_step     log s <- log s - lr mhat / sqrt(vhat)      by dL/dlog s; codes stay
 #
 # Where Q rounds stochastically to a few bits, or codes move, no float copy of w is left: direct
 # training (paper 2).
@@ -700,29 +701,35 @@ def adamw_step(w, g, m, v, h, key):
 
 
 def direct_step(w, g, e, v, m_s, v_s, h, h_s, key):
-    """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest.
-    Returns how many codes moved, by row. e, (out, in) in levels, is stored as m would be; m_s and
-    v_s are Adam's moments of log s, so that a step multiplies s. A gradient that is weak but steady
-    moves a code in 1 / (lr Qp mean(g / sqrt(vhat))) steps, and noise, whose sum grows as a root, in
-    about 1 / (lr Qp)^2. So q - e is a latent weight, as BitNet has, in few bits; but a code moves
-    back only after a whole level. Paper 2 has no e, and rounds w stochastically."""
-    h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
+    """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest; scales
+    learn by scale_step. Returns how many codes moved, by row. e, (out, in) in levels, is stored as
+    m would be. A gradient that is weak but steady moves a code in 1 / (lr Qp mean(g / sqrt(vhat)))
+    steps, and noise, whose sum grows as a root, in about 1 / (lr Qp)^2. So q - e is a latent
+    weight, as BitNet has, in few bits; but a code moves back only after a whole level. Paper 2 has
+    no e, and rounds w stochastically."""
+    scale_step(w, g, m_s, v_s, h_s, key)
+    h, s = Rates(*h.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
     root, v_new = second_moment(g, v, h, stream(key, 2))
     e_new = dequantize(e) + h.lr * s.top * g / root
     new = (q - e_new.trunc()).clamp(GRIDS[s.grid].low, GRIDS[s.grid].high)
     e_new = (e_new + new - q).clamp(-1, 1)          # of a code at its end, no more than a level
-
-    # dL/dlog s = sum g w over the weights that share it, w = s q as before this step
-    slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
-    m_s.codes.lerp_(slope, 1 - h_s.beta1)
-    v_s.codes.lerp_(slope ** 2, 1 - h_s.beta2)
-    r_s = m_s.codes / h_s.bias1 / ((v_s.codes / h_s.bias2).sqrt() + 1e-18)      # no 0 / 0
-    w.scale.mul_((-h_s.lr * r_s).exp())
     w.codes.copy_(encode(new, s))
     put(e, quantize(e_new, e.spec, stream(key, 1)))
     put(v, v_new)
     return (new != q).sum(-1, dtype=torch.int32)
+
+
+def scale_step(w, g, m, v, h, key):
+    """s <- s exp(-lr mhat / sqrt(vhat)): Adam's step of log s by dL/dlog s = sum g w, the sum over
+    the weights w = s q that share s. m and v have the shape of s, and codes stay: of a model that
+    is trained, that is PEQA (Kim et al., arXiv 2305.14152, where the step is one of s)."""
+    h, s = Rates(*h.unbind()), w.spec
+    slope = grouped(h.clip * g.float() * levels(w), s).sum(s.axis, keepdim=True) * w.scale
+    m.codes.lerp_(slope, 1 - h.beta1)
+    v.codes.lerp_(slope ** 2, 1 - h.beta2)
+    r = m.codes / h.bias1 / ((v.codes / h.bias2).sqrt() + 1e-18)        # no 0 / 0
+    w.scale.mul_((-h.lr * r).exp())
 
 
 def muon_step(w, g, m, h, key):
@@ -752,10 +759,10 @@ def put(old, new):
 
 
 class Optimizer:
-    """Steps every parameter: the codes and scales of a Linear by direct_step if code_lr > 0, its
-    float weight by muon_step if optimizer = 'muon', and all else by adamw_step. adam_m and adam_v
-    are of block linears. The model is asked for its weights at every step. With `shard`, a process
-    holds and steps its share of the states alone: ZeRO-1, 1910.02054."""
+    """Steps every parameter: codes with scales by direct_step if code_lr > 0, by scale_step if
+    optimizer = 'scales'; floats of a Linear by muon_step if it is 'muon', and all else by
+    adamw_step. adam_m and adam_v are of block linears. The model is asked for its weights at every
+    step. With `shard`, a process holds and steps its share of the states: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
         self.model, self.config, self.t, self.moved = model, config, 0, {}
@@ -763,7 +770,8 @@ class Optimizer:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self.parts, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
         specs = spec(config.adam_m), spec(config.adam_v)
-        self.steps = {'adamw': adamw_step, 'direct': direct_step, 'muon': muon_step}
+        self.steps = {'adamw': adamw_step, 'direct': direct_step, 'scales': scale_step,
+                      'muon': muon_step}
         if compiled:
             # a graph for each shape, however many: dynamic shapes make 4-bit states far slower
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -785,8 +793,8 @@ class Optimizer:
             if config.beta1 == 0 and kind not in ('direct', 'muon'):
                 m = None
             # muon has no v; scales learn, with moments of their own
-            self.state[name] = [m] if kind == 'muon' else [m, v]
-            if kind == 'direct':
+            self.state[name] = {'muon': [m], 'scales': []}.get(kind, [m, v])
+            if kind in ('direct', 'scales'):
                 self.state[name] += [QTensor(torch.zeros_like(w.scale, device=device))
                                      for _ in range(2)]
             for rank in owners:
@@ -799,6 +807,8 @@ class Optimizer:
             if name in layers:
                 w = layers[name].stored_weight()
                 kind = 'direct' if c.code_lr > 0 and w.scale is not None else c.optimizer
+                if kind == 'scales' and w.scale is None:                    # it is in `keep`
+                    kind = 'adamw'
             else:               # embeddings and the head; norms and biases
                 w, kind = QTensor(p.data), 'matrix' if p.dim() > 1 else 'vector'
             weights[name] = kind, p, w
@@ -819,9 +829,9 @@ class Optimizer:
         narrow = min(1.0, c.base_width / c.n_embd)
         lr, code_lr = schedule * c.learning_rate * narrow, schedule * c.code_lr * narrow ** 0.5
         others = schedule * (c.embedding_lr or c.learning_rate)
-        kinds = {'direct': (code_lr, 0.0), 'scale': (schedule * c.scale_lr, 0.0),
-                 c.optimizer: (lr, c.weight_decay), 'matrix': (others, c.weight_decay),
-                 'vector': (others, 0.0)}
+        kinds = {'adamw': (lr, c.weight_decay), 'muon': (lr, c.weight_decay),
+                 'direct': (code_lr, 0.0), 'scales': (schedule * c.scale_lr, 0.0),
+                 'matrix': (others, c.weight_decay), 'vector': (others, 0.0)}
         rates = [Rates(lr, lr * decay, c.beta1, c.beta2, bias1, bias2, c.eps, clip)
                  for lr, decay in kinds.values()]
         keys = [noise_key(c.seed, self.t, i) for i in range(len(self.state))]
@@ -839,9 +849,10 @@ class Optimizer:
             p.grad = None
             return
         g, w = self.mine(name, p.grad), w._replace(codes=self.mine(name, w.codes))
-        if (rows := len((state[0] or state[1]).codes)) != len(g):   # they are blocks, see __init__
+        rows = len((state[0] or state[1]).codes)
+        if kind == 'adamw' and rows != len(g):          # they are blocks, see __init__
             g, w = g.reshape(rows, -1), QTensor(w.codes.view(rows, -1))
-        rates = [self.rates[k] for k in ((kind, 'scale') if kind == 'direct' else (kind,))]
+        rates = [self.rates[k] for k in ((kind, 'scales') if kind == 'direct' else (kind,))]
         step = self.steps.get(kind, self.steps['adamw'])
         self.moved[name] = step(w, g, *state, *rates, self.keys[name])
 

@@ -562,17 +562,24 @@ def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
     for base_width, narrow in ((16, 1 / 4), (1000, 1)):     # n_embd = 64: above it, and below
         model.config.base_width = base_width
         optimizer.begin(schedule=0.25)
-        rates = [optimizer.rates[k][0].item() for k in ('direct', 'scale', kind)]
+        rates = [optimizer.rates[k][0].item() for k in ('direct', 'scales', kind)]
         assert rates == pytest.approx([0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
 
 
 @each('size', [1.0, 1e-22])
-def test_scales_learn_downhill(size):
-    """By at most lr of log s, also where gradients are so small that their square is zero."""
-    layer, optimizer, step = pair(TERNARY, code_lr=1.5, scale_lr=0.1)
+@each('stored, how', [(TERNARY, {'code_lr': 1.5}), *((stored, {'optimizer': 'scales'}) for stored in (
+    TERNARY, 'int2/64/mse', 'int8/tensor', 'int4/column', 'fp8/row'))])
+def test_scales_learn_downhill(stored, how, size):
+    """By at most lr of log s, also where gradients are so small that their square is zero; with
+    optimizer = 'scales' they alone do, and have the only states."""
+    layer, optimizer, step = pair(stored, scale_lr=0.1, **how)
     q, s = levels(layer.stored_weight()), layer.scale.clone()
     step(size * (normal(64, 128, seed=1) + q))                          # dL/d log s = sum g w > 0
-    assert size < 1 or optimizer.flips() > 0.1
+    if 'optimizer' in how:
+        assert levels(layer.stored_weight()).equal(q) and optimizer.flips() == 0
+        assert [t.shape for t in state_of(optimizer)] == 2 * [s.shape]
+    else:
+        assert size < 1 or optimizer.flips() > 0.1
     down = (s / layer.scale).log()
     assert (down <= 0.1001).all() and (size < 1 or (down > 0.0999).all())
 
@@ -924,6 +931,8 @@ def equal(a, b):
     ('--kv_cache=int8/row/stochastic', 'nearest'), ('--kv_cache=int2/row --n_embd=12', 'of int2'),
     ('--gradients=nvfp4 --backward=requantize --block_size=25 --batch_size=1', 'blocks of 16 do'),
     ('--optimizer=muon --stored=int8', 'muon'), ('--code_lr=.1 --stored=bf16', 'whole'),
+    *((f'--optimizer=scales {flags}', 'whose codes have scales and stay') for flags in (
+        '', '--stored=bf16', '--stored=int8 --code_lr=.1')),
     ('--code_lr=.1 --stored=int8/stochastic', 'no stochastic'),
     ('--code_lr=.1 --stored=int8 --adam_m=int8/row/absmean', 'whole level'),
     ('--beta1=0 --adam_m=int8/row', 'no m to store'),
@@ -934,10 +943,11 @@ def equal(a, b):
         'int8/asymmetric', 'uint8/asymmetric', 'int8/sqrt', *FORMATS, 'int4/row/hadamard')),
     # keys that do nothing
     *(('--' + flag, 'does nothing without ' + key) for flag, key in (
-        ('code_lr=0.1', 'stored'), ('scale_lr=0.1', 'code_lr'), ('damping=.1', 'ptq = gptq'),
-        ('flavour=gpt2 --rope_theta=5.', 'flavour = llama'), ('quantize_head=True', 'weights or'),
-        ('act_order=True', 'ptq'), ('optimizer=muon --adam_v=rank1', 'optimizer = adamw'),
-        ('backward=fold', 'weights or'),
+        ('code_lr=0.1', 'stored'), ('scale_lr=0.1', 'code_lr or optimizer=scales'),
+        ('flavour=gpt2 --rope_theta=5.', 'flavour=llama'), ('quantize_head=True', 'weights or'),
+        ('act_order=True', 'ptq=gptq'), ('optimizer=muon --adam_v=rank1', 'optimizer=adamw'),
+        ('optimizer=scales --stored=int8 --adam_m=int8/row', 'optimizer=adamw or'),
+        ('damping=.1', 'ptq=gptq'), ('backward=fold', 'weights or'),
         ('sample_tokens=0 --prompt=x', 'sample_tokens'), ('keep=h.0', 'weights or'))),
     # what is not there
     *((args, 'needs a checkpoint') for args in (

@@ -76,7 +76,7 @@ class Config:
     adam_v: str = ''             # rank1 is a row and a column, as in Adafactor
 
     # the optimizer: linear warm-up, cosine to min_lr
-    optimizer: str = 'adamw'     # or muon, for full-precision weights of block linears
+    optimizer: str = 'adamw'     # of block linears; or muon, of floats; scales, of stored codes
     learning_rate: float = 1.5e-3   # of block linears without code_lr, up to a width of base_width
     embedding_lr: float = 6e-3   # of embeddings, head, norms and biases; 0: learning_rate
     base_width: int = 256        # above it learning_rate falls as 1 / n_embd, code_lr as its root
@@ -89,7 +89,7 @@ class Config:
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm; 0: off
     code_lr: float = 0.0         # > 0: codes move, and a step adds this share of Qp to e
-    scale_lr: float = 0.01       # of their scales, then; 0: fixed
+    scale_lr: float = 0.01       # of the scales of codes, with code_lr or optimizer = scales
     update_in_backward: bool = False  # each gradient at once, clipped by its norm, then freed
     shard: bool = False          # a process holds the optimizer states of its share of the weights
     reduce_dtype: str = ''       # of gradients as processes sum them: their own, or bfloat16

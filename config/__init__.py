@@ -40,15 +40,15 @@ STRATEGY = (*SPECS, 'gradients_in', 'backward', 'compute', 'quantize_head', 'kee
             'code_lr')
 MAY_BE_ZERO = 'seed', 'warmup_iters', 'sample_tokens', 'top_k'    # and what is so by default
 CHOICES = {'init_from': ('scratch', 'resume', 'checkpoint'), 'ptq': ('', 'rtn', 'gptq'),
-           'optimizer': ('adamw', 'muon'), 'compile': ('auto', 'yes', 'no'),
+           'optimizer': ('adamw', 'muon', 'scales'), 'compile': ('auto', 'yes', 'no'),
            'dtype': ('auto', 'float32', 'bfloat16'), 'reduce_dtype': ('', 'bfloat16')}
-IDLE = (    # a key, and what it has no effect without: one of some keys, or a value of one
-    ('rope_theta', 'flavour', 'llama'), ('quantize_head', 'weights activations gradients', ''),
-    ('backward', 'weights activations gradients', ''), ('prompt', 'sample_tokens', ''),
-    ('samples', 'sample_tokens', ''), ('temperature', 'sample_tokens', ''),
-    ('top_k', 'sample_tokens', ''), ('keep', 'weights activations gradients stored', ''),
-    ('code_lr', 'stored', ''), ('scale_lr', 'code_lr', ''),
-    ('adam_v', 'optimizer', 'adamw'), ('damping', 'ptq', 'gptq'), ('act_order', 'ptq', 'gptq'))
+IDLE = {    # a key: what it has no effect without, one of some keys or of their values
+    'rope_theta': 'flavour=llama', 'quantize_head': 'weights activations gradients',
+    'backward': 'weights activations gradients', 'prompt': 'sample_tokens',
+    'samples': 'sample_tokens', 'temperature': 'sample_tokens', 'top_k': 'sample_tokens',
+    'keep': 'weights activations gradients stored', 'code_lr': 'stored',
+    'scale_lr': 'code_lr optimizer=scales', 'adam_m': 'optimizer=adamw optimizer=muon',
+    'adam_v': 'optimizer=adamw', 'damping': 'ptq=gptq', 'act_order': 'ptq=gptq'}
 
 
 def fail(message, own=False):
@@ -302,11 +302,12 @@ def check(c, given):
         if lowest >= 0 and key != 'adam_v' and s.sign == 'symmetric':
             fail(f"{key} = '{value}' has no negatives; use int, or asymmetric")
     # a key that does nothing is a mistake, but for its default and for what a checkpoint hands on
-    for key, others, good in IDLE:
-        used = [v == good if good else v for v in map(vars(c).get, others.split())]
+    for key, others in IDLE.items():
+        needs = [other.partition('=') for other in others.split()]
+        used = [vars(c)[k] == good if good else vars(c)[k] for k, _, good in needs]
         if given.get(key, getattr(default, key)) != getattr(default, key) and not any(used):
-            fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}"
-                 + (f' = {good}' if good else '') + '; leave it out')
+            fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}; "
+                 'leave it out')
     w, stored, m, v = (specs[key] for key in ('weights', 'stored', 'adam_m', 'adam_v'))
     try:
         re.compile(c.keep)
@@ -323,6 +324,9 @@ def check(c, given):
          'quantize_head needs weights, too, or compute = float'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
         (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
+        (c.optimizer == 'scales' and (c.code_lr or not stored or stored.grid == 'bf16'),
+         'optimizer = scales needs a model whose codes have scales and stay, as of config/gptq.py: '
+         'stored in other than bf16, and no code_lr'),
         (c.code_lr and stored and GRIDS[stored.grid].float, 'code_lr moves codes that are whole '
          'numbers: ternary or int2 .. int8'),
         (stored and stored.rounding == 'stochastic' and c.code_lr, 'with a code_lr nothing rounds '

@@ -7,7 +7,7 @@ Post-training quantization against quantization-aware fine-tuning (paper 3, 2410
 The block weights of a trained model are brought to 4, 3 and 2 bits: rounded to nearest (RTN), by
 GPTQ, and by fine-tuning with quantized weights (QAFT), which starts from the trained weights or
 from GPTQ's, and may have the trained model as its teacher. Or GPTQ's codes stay, and their scales
-are fine-tuned (as in PEQA, Kim et al., arXiv 2305.14152), with embeddings and norms, as elsewhere.
+are fine-tuned (PEQA, Kim et al., arXiv 2305.14152), with embeddings and norms or without.
 GPTQ and fine-tuning see the same new text, of files that a model trained here has not read. A
 control is fine-tuned on it in full precision, with as many tries. The cost of a method is the rise
 of the loss: of RTN and GPTQ over the trained model, of others over the control, so that what any
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     rates: tuple            # of fine-tuning, at a width of 256: each is tried
     epochs: tuple           # with each number of epochs
     methods: tuple          # of fine-tuning; those after QAFT only below 4 bits, first of groups
-    scale_rates: tuple      # of `SCALES`, tried with the last of the rates for all else
+    scale_rates: tuple      # of `SCALES`, each with a rate for embeddings and norms
     tuned: int              # the seed that chooses
     seeds: int              # so many report, at most
     tokens: int             # of validation text to report on; half as many to choose by
@@ -69,7 +69,8 @@ PLANS = {
     # a step at a rate of zero makes it a run like any other; one seed chooses, and reports
     'smollm2': Plan('out/pretrained/ckpt.pt block_size=512 batch_size=4 learning_rate=0. '
                     'embedding_lr=0. max_iters=1 warmup_iters=0', 128, 4, (64,), (3, 2),
-                    RATES[2:], (1,), (*TUNED[:2], SCALES), ('3e-3', '1e-2'), 11, 1, 2 ** 13, 33)}
+                    RATES[2:], (1,), (*TUNED[:2], SCALES),
+                    ('3e-3 1e-3', '1e-2 1e-3', '1e-2 0.', '0. 1e-3'), 11, 1, 2 ** 13, 33)}
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
 WAY = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5      # from the trained weights to those of a method
 
@@ -118,12 +119,11 @@ def jobs_of(model, seed, chosen=None):
         every = product(plan.scale_rates if method == SCALES else plan.rates, plan.epochs)
         for rate, epochs in [chosen[grid[:4], method]] if chosen else every:
             steps = epochs * plan.windows // plan.batch
-            # a code whose rate is 1e-9 does not move
-            what = f'weights={grid} learning_rate={rate}' if method != SCALES else \
-                f'stored={grid} weights= adam_m=int8/row/stochastic adam_v=rank1 code_lr=1e-9 ' \
-                f'scale_lr={rate} learning_rate={plan.rates[-1]}'
+            what = f'config/qaft.py weights={grid} learning_rate={rate}'
+            if method == SCALES:
+                what = 'config/peqa.py scale_lr={} learning_rate={}'.format(*rate.split())
             add(grid, method, (rate, epochs), *start, *arguments(
-                f'config/qaft.py {what} max_iters={steps} warmup_iters={steps // 10} '
+                f'{what} max_iters={steps} warmup_iters={steps // 10} '
                 f'sequences={plan.windows}'), new)
 
     base = add('', 'base', None, *arguments(

@@ -144,7 +144,9 @@ def test_every_row_of_an_experiment_is_a_run(monkeypatch):
         jobs = ptq.jobs_of(model, 11).values()
         assert len({job.mark for job in jobs}) == len(jobs)
         best = dict.fromkeys((what[0][:4], what[1]) for what in ptq.jobs_of(model, 11))
-        what = ptq.jobs_of(model, 11, dict.fromkeys(best, (plan.rates[0], 1)))
+        what = ptq.jobs_of(model, 11, {
+            one: ((plan.scale_rates if one[1] == ptq.SCALES else plan.rates)[0], 1)
+            for one in best})
         assert all((f'int3/{group}/mse', 'QAFT', (plan.rates[0], 1)) in what
                    for group in plan.groups)            # it reports on all grids
 
