@@ -901,6 +901,14 @@ def full(data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='session')
+def packed(full):
+    """The folder of its model in three bits, by GPTQ."""
+    train.main([f'{full}/ckpt.pt', 'config/gptq.py', '--stored=int3/32/mse', '--sequences=8',
+                '--final_tokens=32', f'--out_dir={full}/packed'])
+    return full / 'packed'
+
+
 def equal(a, b):
     """Equal checkpoints, bit for bit; how long they took aside."""
     if isinstance(a, dict):
@@ -1014,17 +1022,18 @@ def test_configs_are_short_and_fit_every_size():
         assert lines[0].startswith('# ') and sum(not x.startswith('#') for x in lines) <= 15
     for size, name in [*itertools.product(['gpt2_xl'], STRATEGIES),     # 1600 = 25 x 64
                        *itertools.product(SIZES, ['everything'])]:
-        train.parse([f'config/{size}.py', f'config/{name}.py', '--batch_size=1'])
+        codes = ['--stored=int2/64'] * (name == 'peqa')
+        train.parse([f'config/{size}.py', *codes, f'config/{name}.py', '--batch_size=1'])
 
 
 # ------------------------------------------------------------------------------------------------
 # train.py: what a run is, and what it may and may not depend on; checkpoints and datasets
 
 @each('name', STRATEGIES)
-def test_every_strategy_trains_two_steps(name, small, full, tmp_path, capsys):
-    start = [str(full / 'ckpt.pt'), f'config/{name}.py'][name not in ('qaft', 'gptq'):]
-    flags = [*start, *small, '--max_iters=2', '--compile=no', *['--sequences=8'][len(start) < 2:]]
-    train.main(flags)
+def test_every_strategy_trains_two_steps(name, small, full, packed, tmp_path, capsys):
+    start = {'qaft': full, 'gptq': full, 'peqa': packed}.get(name)
+    start = [f'{start}/ckpt.pt', '--sequences=8'] if start else []
+    train.main([*start, f'config/{name}.py', *small, '--max_iters=2', '--compile=no', *start[1:]])
     (first, *steps, last), folder = log_of(tmp_path / 'run'), tmp_path / 'run'
     assert first['config']['n_layer'] == 2 and first['versions']['torch'] == torch.__version__
     for i, s in enumerate(steps[:2], 1):

@@ -49,14 +49,15 @@ KEYS = {
     'sequences': (0, 20), 'sample_tokens': (0, 28), 'dtype': ('float32', 'bfloat16'),
     'keep': ('h.0', 'mlp', 'attn.c_proj'), 'temperature': (0.0, 1.0), 'top_k': (0, 5),
     'backward': ('ste', 'full', 'fold', 'requantize'), 'gradients_in': ('both', 'dx', 'dw'),
-    'compute': ('float', 'codes'), 'optimizer': ('adamw', 'muon'),
+    'compute': ('float', 'codes'), 'optimizer': ('adamw', 'muon', 'scales'),
     'learning_rate': (1e-3, 1e-2), 'embedding_lr': (0.0, 1e-2), 'weight_decay': (0.0, 0.1),
     'min_lr': (0.0, 1.0), 'warmup_iters': (0, 9), 'beta1': (0.0, 0.99), 'beta2': (0.95, 0.999),
     'eps': (1e-3,), 'grad_clip': (0.0, 1.0), 'update_in_backward': (True, False),
     'code_lr': (0.0, 0.01, 1.0), 'scale_lr': (0.0, 0.01), 'log_interval': (1, 3),
     'eval_interval': (1, 3)}
 STRATEGIES = [path for path in sorted(ROOT.glob('config/*.py')) if path.stem not in
-              ('__init__', 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft')]
+              ('__init__', 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft',
+               'peqa')]
 
 
 class Failure(Exception):

@@ -15,14 +15,15 @@ from contextlib import contextmanager
 import torch
 
 import quant
-from quant import (GRIDS, Rates, dequantize, encode, grouped, levels, put, quantize, second_moment,
-                   stream, uniform)
+from quant import (GRIDS, Rates, dequantize, encode, levels, put, quantize, scale_step,
+                   second_moment, stream, uniform)
 
 
 def direct_step(idea):
     """quant.direct_step, and in it an idea that changes what a step does to codes and e."""
     def step(w, g, e, v, m_s, v_s, h, h_s, key):
-        h, h_s, s = Rates(*h.unbind()), Rates(*h_s.unbind()), w.spec
+        scale_step(w, g, m_s, v_s, h_s, key)
+        h, s = Rates(*h.unbind()), w.spec
         g, q = h.clip * g.float(), levels(w)                            # (out, in) both
         root, v_new = second_moment(g, v, h, stream(key, 2))
         if idea == 'sign':
@@ -38,12 +39,6 @@ def direct_step(idea):
             e_new = torch.zeros_like(e_new)
         elif idea == 'emptied':
             e_new = torch.where(e_new.abs() < 1, e_new, 0.0)
-
-        slope = grouped(g * q, s).sum(s.axis, keepdim=True) * w.scale
-        m_s.codes.lerp_(slope, 1 - h_s.beta1)
-        v_s.codes.lerp_(slope ** 2, 1 - h_s.beta2)
-        r_s = m_s.codes / h_s.bias1 / ((v_s.codes / h_s.bias2).sqrt() + 1e-18)
-        w.scale.mul_((-h_s.lr * r_s).exp())
         w.codes.copy_(encode(new, s))
         put(e, quantize(e_new, e.spec, stream(key, 1)))
         put(v, v_new)
