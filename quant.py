@@ -33,12 +33,11 @@ import torch.nn.functional as F
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
 # codes are integers from low = Qn to high = Qp, or, if float = (mantissa bits, smallest exponent),
-# the rounded numbers (fp4: their bits); those of fewer than 8 bits are packed in bytes
+# the rounded numbers (fp4: their bits), in a dtype; those of fewer than 8 bits are packed in bytes
 Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
-    **{f'int{n}': Grid(n, -2 ** (n - 1), 2 ** (n - 1) - 1) for n in range(2, 8)},
-    'int8': Grid(8, -128, 127, torch.int8),
+    **{f'int{n}': Grid(n, -2 ** (n - 1), 2 ** (n - 1) - 1, torch.int8) for n in range(2, 9)},
     'uint4': Grid(4, 0, 15),
     'uint8': Grid(8, 0, 255),
     'fp4': Grid(4, -6, 6, torch.uint8, (1, 0)),                         # e2m1
@@ -345,7 +344,8 @@ def levels(q):
 
 def regroup(x, a, b):
     """The bits of numbers of a bits (..., C) as numbers of b bits (..., C a / b). Those of n / a
-    numbers, C a / n apart, low bits first, are one of n bits, which is cut into n / b."""
+    numbers, C a / n apart, low bits first, are one of n bits, which is cut into n / b: of eight
+    codes of 2 bits, byte 0 has codes 0, 2, 4 and 6, byte 1 the others."""
     n = math.lcm(a, b)
     digits = torch.arange(n, dtype=torch.int32 if n < 32 else torch.int64, device=x.device)
     whole = (x.unflatten(-1, (n // a, -1)) << digits[::a, None]).sum(-2, dtype=digits.dtype)
@@ -463,8 +463,7 @@ def requantize(g, q, how, key):
     return matmul(*rounded, how.compute == 'codes', g.dtype)
 
 
-BACKWARD = {'ste': straight_through, 'full': straight_through, 'fold': fold,
-            'requantize': requantize}
+BACKWARD = dict(ste=straight_through, full=straight_through, fold=fold, requantize=requantize)
 
 
 def operands(x, w, how, key):
@@ -533,12 +532,11 @@ class Linear(nn.Module):
     def __init__(self, n_in, n_out, bias=False, how=How()):
         super().__init__()
         self.how, self.stored, self.keep = how, None, False     # keep: it stays a matrix of floats
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.weight = nn.Parameter(torch.empty(n_out, n_in).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.register_buffer('codes', None)
         self.register_buffer('scale', None)
         self.register_buffer('key', torch.zeros((), dtype=torch.int32), persistent=False)
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x):
         y = Matmul.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.key, self.how,
@@ -770,8 +768,7 @@ class Optimizer:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self.parts, self.state, self.owners, held = self.look(), {}, {}, [0] * self.world
         specs = spec(config.adam_m), spec(config.adam_v)
-        self.steps = {'adamw': adamw_step, 'direct': direct_step, 'scales': scale_step,
-                      'muon': muon_step}
+        self.steps = dict(adamw=adamw_step, direct=direct_step, scales=scale_step, muon=muon_step)
         if compiled:
             # a graph for each shape, however many: dynamic shapes make 4-bit states far slower
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -785,8 +782,8 @@ class Optimizer:
             self.owners[name], device = owners, (p.device if self.rank in owners else 'meta')
             how = [None if kind in ('matrix', 'vector') else s for s in specs]
             zeros = torch.zeros(self.mine(name, p).shape, device=device)
-            block, same = (s.group if s else '' for s in how)
-            if kind == 'adamw' and not w.spec and block == same and isinstance(block, int):
+            of_m, of_v = (s.group if s else '' for s in how)
+            if kind == 'adamw' and not w.spec and of_m == of_v and isinstance(of_m, int):
                 # m and v in like blocks: `apply` has w, g, m and v as rows of one block each
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
@@ -955,12 +952,6 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     return QTensor(encode(codes[:, order.argsort()], s), s_W, spec=s)
 
 
-def hessian(x, activations):
-    """H = 2 mean x^ (x^)^T over tokens, (in, in) float32: a Linear quantizes x by `activations`."""
-    x = fake_quant(x.flatten(0, -2), activations)
-    return 2 / len(x) * sum(some.T @ some for some in map(torch.Tensor.float, x.split(2 ** 14)))
-
-
 @torch.no_grad()
 def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
     """GPTQ of all block linears, while all tokens idx (B, T) go through the model at once: what
@@ -972,8 +963,9 @@ def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
         if layer.stored or layer.how.weights:
             raise ValueError(f'{name} is quantized already; GPTQ needs it in full precision')
 
-    def look(layer, args):      # before it runs
-        H = hessian(args[0], layer.how.activations)
+    def look(layer, args):      # before it runs; x as it quantizes it
+        x = fake_quant(args[0].flatten(0, -2), layer.how.activations)
+        H = 2 / len(x) * sum(some.T @ some for some in map(torch.Tensor.float, x.split(2 ** 14)))
         layer.store_(how, gptq(layer.weight, H, how, damping, act_order))
 
     with ExitStack() as stack:
@@ -1024,7 +1016,7 @@ def damage(x, how):
     x_hat, clipped = dequantize(q), 0.0
     noise = (x - x_hat).square().sum()
     if q.scale is not None and q.zero is None:
-        y = grouped(x, s) / full_scale(q.scale, q.outer, s) / (1 + 1e-5)
+        y = grouped(x, s) / full_scale(q.scale, q.outer, s) / (1 + 1e-5)    # an error of rounding
         clipped = ((y < MAPS[s.map].level(GRIDS[s.grid].low)) | (y > s.top)).float().mean().item()
     return {'snr_db': None if noise == 0 else 10 * math.log10(x.square().sum() / noise),
             'zero': (x_hat == 0).float().mean().item(), 'clipped': clipped}
