@@ -930,7 +930,7 @@ def equal(a, b):
     ('--kv_cache=int8/row/stochastic', 'nearest'), ('--kv_cache=int2/row --n_embd=12', 'of int2'),
     ('--gradients=nvfp4 --backward=requantize --block_size=25 --batch_size=1', 'blocks of 16 do'),
     ('--optimizer=muon --stored=int8', 'muon'), ('--code_lr=.1 --stored=bf16', 'whole'),
-    *((f'--optimizer=scales {flags}', 'whose codes have scales and stay') for flags in (
+    *((f'--optimizer=scales {flags}', 'of codes that stay') for flags in (
         '', '--stored=bf16', '--stored=int8 --code_lr=.1')),
     ('--code_lr=.1 --stored=int8/stochastic', 'no stochastic'),
     ('--code_lr=.1 --stored=int8 --adam_m=int8/row/absmean', 'whole level'),

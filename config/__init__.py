@@ -325,8 +325,8 @@ def check(c, given):
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
         (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
         (c.optimizer == 'scales' and (c.code_lr or not stored or stored.grid == 'bf16'),
-         'optimizer = scales needs a model whose codes have scales and stay, as of config/gptq.py: '
-         'stored in other than bf16, and no code_lr'),
+         'optimizer = scales trains the scales of codes that stay: start from a model of '
+         'config/gptq.py, or give stored, other than bf16, and no code_lr'),
         (c.code_lr and stored and GRIDS[stored.grid].float, 'code_lr moves codes that are whole '
          'numbers: ternary or int2 .. int8'),
         (stored and stored.rounding == 'stochastic' and c.code_lr, 'with a code_lr nothing rounds '
