@@ -4,7 +4,7 @@
 init_from = 'checkpoint'
 optimizer = 'scales'
 scale_lr = 1e-2
-learning_rate = 1e-3    # of embeddings and norms
+learning_rate = 0.0     # embeddings and norms stay, too
 embedding_lr = 0.0      # learning_rate
 code_lr = 0.0
 adam_m = ''

@@ -45,10 +45,10 @@ class Plan(NamedTuple):
     batch: int              # windows a step
     groups: tuple           # what shares a scale; tries are made with the first of them
     bits: tuple
-    rates: tuple            # of fine-tuning, at a width of 256: each is tried
+    rates: tuple            # of fine-tuning, at a width of 256: each is tried; and what differs
     epochs: tuple           # with each number of epochs
     methods: tuple          # of fine-tuning; those after QAFT only below 4 bits, first of groups
-    scale_rates: tuple      # of `SCALES`, each with a rate for embeddings and norms
+    scale_rates: tuple      # the same, of `SCALES`
     tuned: int              # the seed that chooses
     seeds: int              # so many report, at most
     tokens: int             # of validation text to report on; half as many to choose by
@@ -69,8 +69,9 @@ PLANS = {
     # a step at a rate of zero makes it a run like any other; one seed chooses, and reports
     'smollm2': Plan('out/pretrained/ckpt.pt block_size=512 batch_size=4 learning_rate=0. '
                     'embedding_lr=0. max_iters=1 warmup_iters=0', 128, 4, (64,), (3, 2),
-                    RATES[2:], (1,), (*TUNED[:2], SCALES),
-                    ('3e-3 1e-3', '1e-2 1e-3', '1e-2 0.', '0. 1e-3'), 11, 1, 2 ** 13, 33)}
+                    (*RATES[2:], '1e-3 embedding_lr=1e-12'), (1,), (*TUNED[:2], SCALES),
+                    ('1e-2', '1e-2 learning_rate=1e-3', '0. learning_rate=1e-3'), 11, 1, 2 ** 13,
+                    33)}
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
 WAY = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5      # from the trained weights to those of a method
 
@@ -121,7 +122,7 @@ def jobs_of(model, seed, chosen=None):
             steps = epochs * plan.windows // plan.batch
             what = f'config/qaft.py weights={grid} learning_rate={rate}'
             if method == SCALES:
-                what = 'config/peqa.py scale_lr={} learning_rate={}'.format(*rate.split())
+                what = f'config/peqa.py scale_lr={rate}'
             add(grid, method, (rate, epochs), *start, *arguments(
                 f'{what} max_iters={steps} warmup_iters={steps // 10} '
                 f'sequences={plan.windows}'), new)
