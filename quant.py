@@ -797,9 +797,19 @@ class Optimizer:
             for rank in owners:
                 held[rank] += sum(t.nbytes for t in self.tensors()[name])
 
+    def base_rates(self):
+        """{kind: (its learning rate before the schedule, its weight decay)}"""
+        c = self.config
+        narrow = min(1.0, c.base_width / c.n_embd)
+        lr, others = c.learning_rate * narrow, c.embedding_lr or c.learning_rate
+        return {'adamw': (lr, c.weight_decay), 'muon': (lr, c.weight_decay),
+                'direct': (c.code_lr * narrow ** 0.5, 0.0), 'scales': (c.scale_lr, 0.0),
+                'matrix': (others, c.weight_decay), 'vector': (others, 0.0)}
+
     def look(self):
-        """{name: (kind, parameter, weight as it is stored)}, of what the model holds now."""
-        weights, layers, c = {}, linears(self.model), self.config
+        """{name: (kind, parameter, weight as it is stored)}, of what the model holds now; but what
+        has a rate of zero has no step and no state."""
+        weights, layers, c, rates = {}, linears(self.model), self.config, self.base_rates()
         for name, p in self.model.named_parameters():
             if name in layers:
                 w = layers[name].stored_weight()
@@ -808,7 +818,8 @@ class Optimizer:
                     kind = 'adamw'
             else:               # embeddings and the head; norms and biases
                 w, kind = QTensor(p.data), 'matrix' if p.dim() > 1 else 'vector'
-            weights[name] = kind, p, w
+            if rates[kind][0]:
+                weights[name] = kind, p, w
         return weights
 
     def step(self, schedule=1.0, clip=1.0):
@@ -823,24 +834,22 @@ class Optimizer:
         self.parts, self.moved = self.look(), {}
         c, self.t = self.config, self.t + 1
         bias1, bias2 = 1 - c.beta1 ** self.t, 1 - c.beta2 ** self.t
-        narrow = min(1.0, c.base_width / c.n_embd)
-        lr, code_lr = schedule * c.learning_rate * narrow, schedule * c.code_lr * narrow ** 0.5
-        others = schedule * (c.embedding_lr or c.learning_rate)
-        kinds = {'adamw': (lr, c.weight_decay), 'muon': (lr, c.weight_decay),
-                 'direct': (code_lr, 0.0), 'scales': (schedule * c.scale_lr, 0.0),
-                 'matrix': (others, c.weight_decay), 'vector': (others, 0.0)}
-        rates = [Rates(lr, lr * decay, c.beta1, c.beta2, bias1, bias2, c.eps, clip)
-                 for lr, decay in kinds.values()]
+        base = self.base_rates()
+        rates = [Rates(schedule * lr, schedule * lr * decay, c.beta1, c.beta2, bias1, bias2, c.eps,
+                       clip) for lr, decay in base.values()]
         keys = [noise_key(c.seed, self.t, i) for i in range(len(self.state))]
         numbers = torch.cat((torch.tensor(rates).flatten().view(torch.int32),
                              torch.tensor(keys, dtype=torch.int32)))
         numbers = numbers.to(next(self.model.parameters()).device)
-        self.rates = dict(zip(kinds, numbers[:-len(keys)].view(torch.float32).chunk(len(kinds))))
-        self.keys = dict(zip(self.state, numbers[-len(keys):]))
+        numbers, keys = numbers.split((len(numbers) - len(keys), len(keys)))
+        self.rates = dict(zip(base, numbers.view(torch.float32).chunk(len(base))))
+        self.keys = dict(zip(self.state, keys))
 
     @torch.no_grad()
     def apply(self, name):
         """Update one parameter by its .grad; if another process owns it, only free its .grad."""
+        if name not in self.parts:      # its rate is zero
+            return
         (kind, p, w), state = self.parts[name], self.state[name]
         if p.grad is None or self.rank not in self.owners[name]:
             p.grad = None

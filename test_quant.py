@@ -575,9 +575,10 @@ def test_scales_learn_downhill(stored, code_lr, size):
     layer, optimizer, step = pair(stored, scale_lr=0.1, code_lr=code_lr, optimizer='scales')
     q, s = levels(layer.stored_weight()), layer.scale.clone()
     step(size * (normal(64, 128, seed=1) + q))                          # dL/d log s = sum g w > 0
-    moved, states = optimizer.flips(), [t.shape for t in state_of(optimizer)]
-    assert (size < 1 or moved > 0.1) if code_lr else (moved, states) == (0, 2 * [s.shape])
-    assert code_lr or levels(layer.stored_weight()).equal(q)
+    assert optimizer.flips() >= 0.1 * (size == 1) * (code_lr > 0)
+    assert code_lr or levels(layer.stored_weight()).equal(q) and len(state_of(optimizer)) == 2
+    _, frozen, step = pair(stored, scale_lr=0.0, optimizer='scales')    # a rate of zero: no state
+    assert step(q).equal(step(-q)) and not state_of(frozen)
     down = (s / layer.scale).log()
     assert (down <= 0.1001).all() and (size < 1 or (down > 0.0999).all())
 
@@ -930,8 +931,7 @@ def equal(a, b):
     ('--kv_cache=int8/row/stochastic', 'nearest'), ('--kv_cache=int2/row --n_embd=12', 'of int2'),
     ('--gradients=nvfp4 --backward=requantize --block_size=25 --batch_size=1', 'blocks of 16 do'),
     ('--optimizer=muon --stored=int8', 'muon'), ('--code_lr=.1 --stored=bf16', 'whole'),
-    *((f'--optimizer=scales {flags}', 'of codes that stay') for flags in (
-        '', '--stored=bf16', '--stored=int8 --code_lr=.1')),
+    *((f'--optimizer=scales {x}', 'of codes that stay') for x in ('', '--stored=bf16')),
     ('--code_lr=.1 --stored=int8/stochastic', 'no stochastic'),
     ('--code_lr=.1 --stored=int8 --adam_m=int8/row/absmean', 'whole level'),
     ('--beta1=0 --adam_m=int8/row', 'no m to store'),
