@@ -774,16 +774,19 @@ def test_the_pages_say_what_was_measured_of_memory():
 
 def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
     lines = (runs.RESULTS / 'ptq.md').read_text(encoding='utf-8').splitlines()
-    costs, told, its, verdicts = tables('Quantizing a trained model')
-    assert [*map(len, (costs, told, its, verdicts))] == [23, 8, 11, 5]
+    costs, told, its, verdicts, parts = tables('Quantizing a trained model')
+    assert [*map(len, (costs, told, its, verdicts, parts))] == [23, 8, 11, 5, 4]
     assert all('| ' + ' | '.join(row) + ' |' in lines for row in costs + its)
     small = next(i for i, line in enumerate(lines) if line.startswith('## smollm2'))
     for rows, part in (told, lines[:small]), (verdicts, lines[small:]):
         assert all(any(line.startswith('| ' + ' | '.join(row) + ' |') for line in part)
                    for row in rows)
-    moved = [flips for r in runs.read(runs.RESULTS / 'ptq.jsonl') if ptq.SCALES in r['name']
-             for _, flips, _ in r['curve']]
-    assert moved and not any(moved)         # the codes stay GPTQ's
+    loss = {r['name'].removeprefix('smollm2 '): statistics.mean(r['report'])
+            for r in runs.read(runs.RESULTS / 'ptq.jsonl') if r['name'].startswith('smollm2')}
+    tried = ['GPTQ', *(f'{ptq.SCALES} {rate} 1' for rate in (
+        '0. learning_rate=1e-3', '1e-2', '1e-2 learning_rate=1e-3'))]
+    for how, (_, *cells) in zip(tried, parts):
+        assert cells == [f"{loss[f'int{bits}/64/mse {how}'] - loss['base']:+.3f}" for bits in (3, 2)]
     gptq, qaft = (float((row[3] or row[2]).split()[0]) for row in its[7:9])
     readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
     assert gptq < qaft and 'SmolLM2, after few steps from its own weights, loses' in readme
