@@ -167,7 +167,8 @@ def test_an_idea_moves_ternary_codes_and_leaves_no_trace(name, small, tmp_path):
         train.main(['config/ternary.py', *small, '--max_iters=3', '--code_lr=1.',
                     f'--out_dir={tmp_path / "run"}'])
     assert getattr(place, what) is before
-    assert 0 < sum(line.get('flips', 0) for line in log_of(tmp_path / 'run')) < 1
+    flips = [line['flips'] for line in log_of(tmp_path / 'run') if 'flips' in line]
+    assert 0 < max(flips) < 1
     weights = torch.load(tmp_path / 'run' / 'ckpt.pt', weights_only=True)['model']
     assert all(p.abs().max() < 2 for k, p in weights.items() if not k.endswith('codes'))
 
@@ -603,7 +604,7 @@ def test_what_the_data_do_not_tell_is_unresolved(tmp_path, monkeypatch):
 
 
 def test_runs_in_full_precision_are_quantized_afterwards(small, elsewhere):
-    more = '--max_iters=20', '--learning_rate=1e-2'
+    more = '--max_iters=80', '--learning_rate=1e-2'     # by then 2 bits change more than 4
     full, low = (scaling.measure(runs.Job('', [*small, *more, *arg], 1))
                  for arg in ([], ['--weights=int4/row']))
     cost = {name: full[name] - full['val_loss'] for name in scaling.AFTER}
