@@ -89,7 +89,7 @@ class Config:
     eps: float = 1e-8
     grad_clip: float = 1.0       # by global norm; 0: off
     code_lr: float = 0.0         # > 0: codes move, and a step adds this share of Qp to e
-    scale_lr: float = 0.01       # of the scales of codes, with code_lr or as the optimizer; 0: fixed
+    scale_lr: float = 0.01       # of scales, with code_lr or optimizer = scales; 0: fixed
     update_in_backward: bool = False  # each gradient at once, clipped by its norm, then freed
     shard: bool = False          # a process holds the optimizer states of its share of the weights
     reduce_dtype: str = ''       # of gradients as processes sum them: their own, or bfloat16
