@@ -800,7 +800,7 @@ def test_the_page_has_the_scores_and_claims_of_the_laws():
     assert all('| ' + ' | '.join(row) + ' |' in lines for row in score + told)
     readme = (ROOT / 'README.md').read_text(encoding='utf-8').replace('\n', ' ')
     a, b = (round(float(cell.split(' %')[0])) for cell in score[0][2:4])
-    assert re.search(rf'{b} % off, the form of \[Kumar et al.\]\(.*?\) {a} %', readme)
+    assert re.search(rf'to {b} %, the form of \[Kumar et al.\]\(.*?\) to {a} %', readme)
 
 
 def test_the_page_has_the_memory_that_was_counted_and_measured():
