@@ -1072,8 +1072,7 @@ def test_a_signal_ends_after_a_step_that_is_saved(number, small, tmp_path, monke
         train.main([*small, '--max_iters=100'])
     out, err = capfd.readouterr()
     assert '--init_from=resume' in out and 'Ctrl-C again' in err
-    assert checkpoint(tmp_path / 'run')['iter'] == 1
-    assert signal.getsignal(number) == before
+    assert checkpoint(tmp_path / 'run')['iter'] == 1 and signal.getsignal(number) == before
 
 
 def test_killed_while_saving_and_resumed(small, tmp_path):
@@ -1115,6 +1114,17 @@ def test_update_in_backward_is_the_same_training(strategy, small, tmp_path, monk
     assert all(equal(*(end[part] for end in ends)) for part in ('model', 'optimizer'))
     assert [log[-1]['bytes']['linear']['gradients'] for log in logs] == [4, 0]
     assert peaks and (strategy != 'ternary' or max(peaks) < 2)
+
+
+@each('rate', [0, 1e-3])
+def test_gradients_are_clipped_by_the_norm_of_those_that_are_used(rate, small):
+    """Those of the blocks are not, where their rate is zero."""
+    run = train.Run(train.parse([*small, '--grad_clip=1e-3', f'--learning_rate={rate}']), 0, 1)
+    run.advance()
+    used = [p.grad for name, p in run.model.named_parameters()
+            if rate or name not in linears(run.model)]
+    norm = torch.cat([*map(torch.ravel, used)]).norm().item()
+    assert run.optimizer.rates['matrix'][-1].item() == pytest.approx(1e-3 / norm, rel=1e-2)
 
 
 def test_two_processes_are_one_with_twice_the_batch(small, tmp_path):
@@ -1273,23 +1283,11 @@ def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# what the README says
+# train.py: as a process of its own
 
 def run(*args, **env):
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
-
-
-def test_the_commands_of_the_readme(tmp_path):
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert 'train.py config/ternary.py' in text and 'python -m pytest -q' in text
-    for command in re.findall(r'train\.py ([^\n`|]*)', text):
-        words = command.split('#')[0].split('&&')[0].split()            # what it names is there
-        train.parse([w for w in words if w.startswith(('config/', '--')) and 'resume' not in w])
-    for path in re.findall(r'`((?:config|data|experiments|convert)/[\w/]+\.py)`', text):
-        assert (ROOT / path).exists()
-    done = run('train.py', 'config/ternary.py', *SMALL, f'--out_dir={tmp_path}')
-    assert done.returncode == 0 and 'bits/byte' in done.stdout, done.stderr
 
 
 def test_importing_does_nothing_and_a_typo_is_one_line():

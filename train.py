@@ -421,7 +421,7 @@ class Run:
         self.sent = []
 
     def forward_backward(self):
-        """Backward through all micro-steps and processes: (loss, wishes to stop, gradients)."""
+        """Backward through all micro-steps and processes: (loss, wishes to stop)."""
         config, world = self.config, self.world
         starts = window_starts(config, self.step, len(self.train_data), world)
         total = torch.zeros(2, device=self.device)
@@ -439,7 +439,7 @@ class Run:
         self.receive()
         if world > 1:
             dist.all_reduce(total)
-        return *total.tolist(), [p.grad for p in self.model.parameters() if p.grad is not None]
+        return total.tolist()
 
     def advance(self):
         """One optimizer step; its loss, and whether to stop."""
@@ -448,9 +448,10 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         if at_once:
             self.optimizer.begin(rate)
-        loss, stop, grads = self.forward_backward()
+        loss, stop = self.forward_backward()
         # an update in the backward has used them already, but nothing is saved before this check
-        norm = torch.nn.utils.get_total_norm(self.norms if at_once else grads).item()
+        grads = self.norms or [p.grad for _, p, _ in self.optimizer.parts.values()]
+        norm = torch.nn.utils.get_total_norm(grads).item()
         self.check_finite(loss, 'loss')
         self.check_finite(norm, 'norm of the gradient')
         if at_once:
@@ -498,9 +499,8 @@ class Run:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             peak *= 1 if sys.platform == 'darwin' else 1024
         flips = {'flips': self.optimizer.flips()} if config.stored else {}
-        self.line(iter=self.step, tokens=self.step * self.tokens, train_loss=loss,
-                  schedule=schedule(config, self.step - 1), tokens_per_s=rate,
-                  **flips, peak_memory=peak)
+        self.line(iter=self.step, tokens=self.step * self.tokens, train_loss=loss, **flips,
+                  schedule=schedule(config, self.step - 1), tokens_per_s=rate, peak_memory=peak)
         bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
         if bar.disable and self.step % (10 * config.log_interval) == 0:
             self.say(f'step {self.step} of {config.max_iters}: loss {loss:.4f}, '

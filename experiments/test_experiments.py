@@ -654,6 +654,20 @@ def test_rows_of_memory_and_bits_are_runs():
     assert sizes == sorted(sizes, reverse=True)         # in the order of the table
 
 
+def test_the_commands_of_the_readme(small, tmp_path):
+    """What they name is there, and the first of them trains."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert 'train.py config/ternary.py' in text and 'python -m pytest -q' in text
+    for command in re.findall(r'train\.py ([^\n`|]*)', text):
+        words = command.split('#')[0].split('&&')[0].split()
+        train.parse([w for w in words if w.startswith(('config/', '--')) and 'resume' not in w])
+    for path in re.findall(r'`((?:config|data|experiments|convert)/[\w/]+\.py)`', text):
+        assert (ROOT / path).exists()
+    done = subprocess.run([sys.executable, 'train.py', 'config/ternary.py', *small,
+                           f'--out_dir={tmp_path}'], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and 'bits/byte' in done.stdout, done.stderr
+
+
 def test_the_page_says_what_was_measured_of_direct_training():
     pytest.importorskip('scipy')
     page, readme = (' '.join((ROOT / folder / 'README.md').read_text(encoding='utf-8').split())
