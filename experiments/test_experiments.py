@@ -812,7 +812,7 @@ def test_the_page_has_the_scores_and_claims_of_the_laws():
     score, told = tables('Scaling laws')
     assert len(score) == 6 and len(told) == 15
     assert all('| ' + ' | '.join(row) + ' |' in lines for row in score + told)
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8').replace('\n', ' ')
+    readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
     a, b = (round(float(cell.split(' %')[0])) for cell in score[0][2:4])
     assert re.search(rf'to {b} %, the form of \[Kumar et al.\]\(.*?\) to {a} %', readme)
 
