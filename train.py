@@ -2,8 +2,7 @@
 Train, evaluate and sample one GPT, with any quantization strategy:
 
     python train.py config/ternary.py                           a strategy, at the default size
-    python train.py config/gpt2.py config/w8a8.py               a size and a strategy: later wins
-    python train.py config/ternary.py --embedding_lr=12e-3      and flags win over files
+    python train.py config/gpt2.py config/w8a8.py --seed=2      a size and a strategy: later wins
     python train.py config/ternary.py --init_from=resume        go on where it stopped
     python train.py out/ternary/ckpt.pt --eval_only=True        evaluate and sample a checkpoint
     python train.py out/baseline/ckpt.pt config/gptq.py         quantize a trained model
@@ -162,7 +161,7 @@ def pick_device(config):
         rank = os.environ.get('LOCAL_RANK', 0)      # torchrun numbers those of a machine
         device = torch.device(f'cuda:{rank}' if name == 'cuda' else name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         fail(f"device '{name}' is not there ({str(e)[:150]}); use --device=auto", own=True)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -218,6 +217,8 @@ def finishing_steps():
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except RuntimeError as e:       # a Ctrl-C ends a compiler, too
+        raise (KeyboardInterrupt if stopping else e) from None
     finally:
         stopping.clear()
         for s, handler in before.items():
@@ -271,8 +272,7 @@ class Run:
         c, path, old = self.config, self.config.checkpoint, checkpoint['config']
         goes_on = c.init_from == 'resume' and not c.eval_only
         # what must be the same, and the shapes of the weights do not show
-        shape = ['flavour', 'n_head', 'rope_theta', 'norm_eps', 'tied']
-        shape += ['keep'] if old['stored'] else []
+        shape = 'flavour n_head rope_theta norm_eps tied'.split() + ['keep'] * bool(old['stored'])
         same = {key: (old[key], getattr(c, key)) for key in shape}
         same['tokenizer'] = checkpoint['tokenizer'], self.tokenizer
         if goes_on:
@@ -466,7 +466,8 @@ class Run:
         config, self.mark = self.config, (self.step, self.seconds)   # of the last log line
         bar = tqdm(total=config.max_iters, initial=self.step, unit='step',
                    disable=None if self.rank == 0 else True)         # None: only on a terminal
-        self.model.train()
+        if self.compiled:       # now, as Ctrl-C ends a compiler, too, and loses what is not saved
+            self.evaluate(self.tokens // config.grad_accum, self.val_data)
         while self.step < config.max_iters:
             began = time.perf_counter()
             loss, stop = self.advance()
@@ -479,8 +480,7 @@ class Run:
                 says = self.report(config.eval_tokens)
                 self.save()                                          # only then tell
                 self.say(f'step {self.step}: {says}')
-            if stop:
-                # losses since the last log line are saved too: a resumed run logs the same means
+            if stop or stopping and self.step == config.max_iters:   # no step will see the note
                 self.save()
                 bar.close()
                 self.say(f'saved after step {self.step}; to go on: python train.py '

@@ -30,9 +30,9 @@ except ImportError:     # on Windows: no lock
 # keys of a run, not of its model: a checkpoint does not hand them on
 OWN_KEYS = {'out_dir', 'overwrite', 'init_from', 'checkpoint', 'eval_only', 'ptq', 'damping',
             'act_order', 'prompt', 'sample_tokens', 'samples', 'temperature', 'top_k', 'device',
-            'compile', 'shard', 'reduce_dtype'}
+            'compile', 'shard', 'reduce_dtype', 'sequences'}
 # what may differ when a run is resumed; the data may lie elsewhere, but must be the same
-RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order'} | {
+RUN_KEYS = OWN_KEYS - {'ptq', 'damping', 'act_order', 'sequences'} | {
     'dataset', 'batch_size', 'grad_accum', 'max_iters', 'eval_interval', 'eval_tokens',
     'final_tokens', 'log_interval'}
 SPECS = 'weights', 'activations', 'gradients', 'kv_cache', 'stored', 'adam_m', 'adam_v'
@@ -52,11 +52,11 @@ IDLE = {    # a key: what it has no effect without, one of some keys or of their
 
 
 def fail(message, own=False):
-    """End with one short line; only rank 0 prints it, unless the fault is a rank's `own`."""
+    """End with one short line; one rank of a machine prints it, or each whose `own` fault it is."""
     line = ' '.join(f'error: {message}'.split())
     if len(line) > 320:     # someone's argument is long; the advice comes last
         line = f'{line[:160]} .. {line[-156:]}'
-    raise SystemExit(line if own or os.environ.get('RANK', '0') == '0' else 1)
+    raise SystemExit(line if own or os.environ.get('LOCAL_RANK', '0') == '0' else 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -323,7 +323,8 @@ def check(c, given):
         (c.quantize_head and not w and c.compute == 'codes', 'the head is not in `stored`: '
          'quantize_head needs weights, too, or compute = float'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),
-        (stored and c.optimizer == 'muon', 'muon is for full-precision weights: no stored'),
+        (stored and c.optimizer == 'muon' and not (c.ptq or c.eval_only), 'muon is for '
+         'full-precision weights: no stored'),
         (c.optimizer == 'scales' and (c.code_lr or not stored or stored.grid == 'bf16'),
          'optimizer = scales trains the scales of codes that stay: start from a model of '
          'config/gptq.py, or give stored, other than bf16, and no code_lr'),

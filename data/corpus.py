@@ -142,6 +142,8 @@ def prepare(out_dir, name, documents, which, limit=math.inf):
     try:
         tokenizer = make_tokenizer(which, ''.join(train))
         meta = write(Path(out_dir), name, tokenizer, documents, limit)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:  # a full disk, a folder we may not write to, a stream that broke, ..
         raise SystemExit(f'{name}: {out_dir} is not written: {error!r}') from None
     print(f"{name}: {meta['train_bytes'] / 1e6:.2f} MB to train, {meta['val_bytes'] / 1e6:.2f} to "
@@ -328,13 +330,12 @@ def window_starts(config, step, n_tokens, world):
     A function of (seed, step), whatever the product of the three is made of. Windows do not
     overlap, and every epoch has each once."""
     shape = config.grad_accum, world, config.batch_size
-    # n windows a step, of `size` an epoch: a step may end an epoch, or see several
+    # n windows a step, which may end an epoch, or see several
     windows, n = (n_tokens - 1) // config.block_size, math.prod(shape)
-    size = config.sequences or windows
-    epoch, first = divmod(step * n, size)
-    order = [epoch_order(config.seed, e, windows, config.sequences)
-             for e in range(epoch, epoch + -(-(first + n) // size))]
-    return np.concatenate(order)[first:first + n].reshape(shape) * config.block_size
+    epochs, at = np.divmod(step * n + np.arange(n), config.sequences or windows)
+    order = [epoch_order(config.seed, e, windows, config.sequences)[at[epochs == e]]
+             for e in range(epochs[0], epochs[-1] + 1)]
+    return np.concatenate(order).reshape(shape) * config.block_size
 
 
 def sequence_starts(config, n_tokens):

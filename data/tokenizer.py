@@ -16,7 +16,6 @@ A tokenizer is a dict, and is stored so in meta.json:
 """
 import heapq
 import threading
-import zipfile
 from collections import Counter, defaultdict
 
 import regex
@@ -123,16 +122,10 @@ def tokenizer_dict(kind, pattern, ranks, *special):
 
 def checkpoint_tokenizer(path):
     """The tokenizer dict of a checkpoint of train.py: it can be fine-tuned on data made so."""
-    import torch
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load looks at no checksum
-            if damaged := file.testzip():
-                raise ValueError(f'{damaged} is damaged')
-        tokenizer = torch.load(path, map_location='cpu', weights_only=True)['tokenizer']
-        encoding(tokenizer)
-        return tokenizer
-    except Exception as error:  # a damaged or foreign file raises anything at all
-        raise SystemExit(f'--tokenizer={path}: not a checkpoint of train.py ({error!r})') from None
+    from config import load
+    from train import Config
+
+    return load(path, Config)['tokenizer']
 
 
 def gpt2_tokenizer(timeout=60):
