@@ -189,7 +189,7 @@ def test_a_side_takes_the_rate_that_ends_lowest(tmp_path, monkeypatch):
         ''.join(json.dumps(line) + '\n' for line in lines))
     assert direct.chosen('large') == {side: texts[2] for side, texts in every.items()}
     names = [job.name for job in direct.jobs_of('large', 'sympy', [14, 15])['hard']]
-    assert names == 2 * [*direct.SIDES[:4]]
+    assert names == 2 * [*direct.SIDES[:4], direct.HALF]
 
 
 def test_without_an_idea_the_direct_step_is_that_of_quant():
@@ -688,18 +688,20 @@ def test_the_page_says_what_was_measured_of_direct_training():
             if len(runs.losses(results, name)) > 2:
                 mean, half = runs.compare(results, direct.TERNARY, name)
                 assert cell == f'{mean:+.1f} % ({mean - half:+.1f} to {mean + half:+.1f})', name
-    tried = runs.results_of(runs.RESULTS / 'direct-tiny-python.jsonl', direct.every_try('tiny'))
     assert len(tries) == len(direct.SIDES)
-    for (name, cell), (side, texts) in zip(tries, direct.tries('tiny').items()):
-        rate = lambda text: float(re.search(r'(?:learning_rate|code_lr)=(\S+)', text).group(1))
-        values = {text: runs.losses(tried, text)[1] for text in sorted(texts, key=rate)}
-        said = {text: f'{loss:.3f}' for text, loss in values.items()}
-        best = min(values, key=values.get)
-        said[best] = f'**{said[best]}**'
-        parts = [[loss for text, loss in said.items() if text.endswith(' beta1=0.') is without]
-                 for without in (False, True)]
-        assert name.split(';')[0] == side
-        assert cell == '; without momentum '.join(', '.join(part) for part in parts if part), name
+    rate = lambda text: float(re.search(r'(?:learning_rate|code_lr)=(\S+)', text).group(1))
+    for size, column, sides in ('tiny', 1, direct.SIDES), ('small', 2, direct.SIDES[:4]):
+        tried = runs.results_of(runs.RESULTS / f'direct-{size}-python.jsonl', direct.every_try(size))
+        for row, side in zip(tries, sides):
+            texts = sorted(direct.tries(size)[side], key=rate)
+            values = {text: runs.losses(tried, text)[1] for text in texts}
+            said = {text: f'{loss:.3f}' for text, loss in values.items()}
+            best = min(values, key=values.get)
+            said[best] = f'**{said[best]}**'
+            parts = [[loss for text, loss in said.items() if text.endswith(' beta1=0.') is without]
+                     for without in (False, True)]
+            assert row[0].split(';')[0] == side
+            assert row[column] == '; without momentum '.join(map(', '.join, filter(None, parts)))
     for name, seeds, cell in changes:
         mean, half = runs.compare(tiny[0], name, direct.TERNARY)
         assert len(runs.losses(tiny[0], name)) == int(seeds)
@@ -708,16 +710,18 @@ def test_the_page_says_what_was_measured_of_direct_training():
     md = (runs.RESULTS / 'direct-tiny-python.md').read_text(encoding='utf-8').splitlines()
     assert ['| ' + ' | '.join(row) + ' |' for row in told] == \
         [line for line in md if line.startswith('| 2 |')]
-    for results in tiny:                # README: below AdamW, with momentum and without
-        for side in direct.ADAMW, direct.PLAIN:
-            mean, half = runs.compare(results, direct.TERNARY, side)
-            assert mean + half < 0
+    mean, half = runs.compare(tiny[0], direct.TERNARY, direct.HALF)
+    assert abs(mean) < half and 'No difference from AdamW at its best rate is clear on' in readme
     mean, half = runs.compare(tiny[0], direct.TERNARY, direct.MUON)
-    assert mean - half > 0 and 'tiny models end below AdamW, and above Muon' in readme
-    mean, half = runs.compare(tiny[0], direct.BITNET, direct.ADAMW)
-    assert abs(mean) < half and '`bitnet` is level with `baseline`' in readme
-    mean, half = runs.compare(tiny[0], direct.MUON, direct.ADAMW)
-    assert f'Muon {-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f}) below it' in page
+    assert mean - half > 0 and 'tiny models end above Muon' in readme
+    assert '`bitnet` still ends above `baseline`, and Muon below' in readme
+    for side, says in (direct.BITNET, 'BitNet ends {} above'), (direct.MUON, 'Muon {} below it'):
+        mean, half = runs.compare(tiny[0], side, direct.HALF)
+        low, high = sorted((abs(mean - half), abs(mean + half)))
+        assert abs(mean) > half
+        assert says.format(f'{abs(mean):.1f} % ({low:.1f} to {high:.1f})') in page, side
+    mean, half = runs.compare(tiny[0], direct.ADAMW, direct.HALF)
+    assert f'worse by {mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})' in page
     for results in found.values():
         mean, half = runs.compare(results, direct.TERNARY, direct.ROWS)
         said = f'{-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f})'
