@@ -218,7 +218,7 @@ def finishing_steps():
     try:
         yield
     except RuntimeError as e:       # a Ctrl-C ends a compiler, too
-        raise (KeyboardInterrupt if stopping else e) from None
+        raise KeyboardInterrupt if stopping else e
     finally:
         stopping.clear()
         for s, handler in before.items():

@@ -8,10 +8,10 @@ Direct quantized training (paper 2, 2412.04787) against BitNet and full precisio
     python -m experiments.direct --size=default --sections       nothing new, but the report
 
 First every side tries four rates (BitNet with per-row scales those with momentum and without), on
-seed 1 and the Python corpus, and takes the one that ends lowest; the large size takes those of the
-default size. What is reported are other seeds. No token is read twice. Besides the hard goal: other
-sides, codes of other grids, states in few bits, controls, the ingredients of the direct update, and
-ideas that are not in it.
+seed 1 and the Python corpus, and takes the one that ends lowest; AdamW runs at half of it, too. The
+large size takes the rates of the default size. What is reported are other seeds. No token is read
+twice. Besides the hard goal: other sides, codes of other grids, states in few bits, controls, the
+ingredients of the direct update, and ideas that are not in it.
 Writes experiments/results/direct-<size>-<corpus>.jsonl (one line a run; finished ones are
 skipped), .md and .png.
 """
