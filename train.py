@@ -480,8 +480,9 @@ class Run:
                 says = self.report(config.eval_tokens)
                 self.save()                                          # only then tell
                 self.say(f'step {self.step}: {says}')
-            if stop or stopping and self.step == config.max_iters:   # no step will see the note
+            elif stop:
                 self.save()
+            if stop or stopping and self.step == config.max_iters:   # no step will see the note
                 bar.close()
                 self.say(f'saved after step {self.step}; to go on: python train.py '
                          f'--out_dir={config.out_dir} --init_from=resume')
@@ -503,8 +504,7 @@ class Run:
                   schedule=schedule(config, self.step - 1), tokens_per_s=rate, peak_memory=peak)
         bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=f'{rate:.0f}')
         if bar.disable and self.step % (10 * config.log_interval) == 0:
-            self.say(f'step {self.step} of {config.max_iters}: loss {loss:.4f}, '
-                     f'{rate:.0f} tokens/s')
+            self.say(f'step {self.step}/{config.max_iters}: loss {loss:.4f}, {rate:.0f} tokens/s')
 
     def sample(self):
         """Print the prompt and what the model makes of it, `samples` times, as it comes."""
