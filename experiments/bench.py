@@ -9,8 +9,8 @@ How fast it is, beside its peers and the limits of the machine: python -m experi
 Prints a table and writes experiments/results/bench-<machine>.json. All sides of a comparison take
 turns in one process; a ratio is of medians, the other side's time over ours, so more is better; of
 bytes and counts ours over the other's, so less is better. The limit is what the bytes or FLOPs of
-our side take at the rates measured of this machine, and in brackets the ratio that would be. Peers
-are optional, see experiments/requirements.txt; one that did not quantize makes its row fail.
+our side take at the rates measured on this machine, and in brackets the ratio this would give.
+Peers are optional, see experiments/requirements.txt; one that did not quantize makes its row fail.
 """
 import argparse
 import functools
@@ -36,6 +36,7 @@ from torch._dynamo.utils import counters
 from torch.nn.utils import get_total_norm
 
 import quant
+from config import fail
 from experiments.runs import RESULTS, ROOT, machine
 from model import GPT
 from quant import How, Linear, Optimizer, QTensor, bytes_held, quantize, rtn_, spec
@@ -73,7 +74,7 @@ def take_turns(sides):
     samples = {name: [] for name in sides}
     calls = {name: math.ceil(0.01 / max(1e-5, seconds(f))) for name, f in sides.items()}
     began, i = time.time(), 0
-    while i < ROUNDS or not options.quick and time.time() - began < SECONDS:
+    while sides and (i < ROUNDS or not options.quick and time.time() - began < SECONDS):
         i += 1
         for name in list(sides)[::-1 if i % 2 else 1]:
             samples[name].append(seconds(sides[name], calls[name]))
@@ -113,7 +114,7 @@ def why(e):
 def compare(comparison, rows):
     """Results of the rows, one dict each. A comparison returns builders of its sides, and limits
     in seconds. A builder returns what to call and time, or a number, which is the result. A side
-    that fails takes only its own rows along."""
+    that fails before all are timed takes only its own rows along."""
     sides, values, wrong, samples, limits = {}, {}, {}, {}, {}
     try:
         builders, limits = comparison()
@@ -169,7 +170,7 @@ def batch(config, vocab):
 
 
 def our_step(args, vocab=4096):
-    """A step of ours, () -> None, as train.py takes it with the config that it makes of args."""
+    """A step of ours, () -> loss, as train.py takes it with the config that it makes of args."""
     c = parse(args)
     torch.manual_seed(0)
     with torch.device(DEVICE):                          # drawing 1.5B numbers on a CPU takes long
@@ -195,12 +196,15 @@ def our_step(args, vocab=4096):
         model.set_noise(c.seed, t)
         if c.update_in_backward:
             optimizer.begin(1 / t)
-            model(x, y).backward()
+            loss = model(x, y)
+            loss.backward()
         else:
             model.zero_grad()
-            model(x, y).backward()
+            loss = model(x, y)
+            loss.backward()
             norm = get_total_norm([p.grad for p in model.parameters()]).item()
             optimizer.step(1 / t, min(1.0, c.grad_clip / (norm + 1e-6)))
+        return loss.detach()
 
     step.model, step.optimizer = model, optimizer
     return step
@@ -273,8 +277,8 @@ def flops_time(args, vocab, blocks, rest):
 
 
 def stochastic_rounding():
-    """Round 2^22 float32 numbers to int8 codes, stochastically: the noise from quant.uniform
-    or from torch.rand_like; both compiled."""
+    """Round 2^22 float32 numbers to int8 codes, stochastically, compiled: the noise from
+    quant.uniform, or from torch.rand_like, which is compiled too or, faster on a CPU, eager."""
     x = torch.randn(2 ** 11, 2 ** 11, device=DEVICE) * 30
     key = torch.ones((), dtype=torch.int32, device=DEVICE)
 
@@ -282,15 +286,16 @@ def stochastic_rounding():
         return (x + u).floor().clamp(-128, 127).to(torch.int8)
 
     by_hash = torch.compile(lambda x, key: rounded(x, quant.uniform(x, key)))
-    by_rand = torch.compile(lambda x: rounded(x, torch.rand_like(x)))
-    return ({'hash': lambda: lambda: by_hash(x, key), 'rand_like': lambda: lambda: by_rand(x)},
+    by_rand, only = torch.compile(lambda x: rounded(x, torch.rand_like(x))), torch.compile(rounded)
+    return ({'hash': lambda: lambda: by_hash(x, key), 'rand_like': lambda: lambda: by_rand(x),
+             'eager rand_like': lambda: lambda: only(x, torch.rand_like(x))},
             {'hash': 5 * x.numel() / rates()['copy']})
 
 
 def linear_forward():
     """Forward of a linear 768 -> 3072 on 4096 tokens, W8A8: codes multiplied (codes), or what they
-    stand for in float32 (float); both compiled."""
-    x = torch.randn(4096, 768, device=DEVICE)
+    stand for (float), in the dtype that train.py takes; both compiled."""
+    x = torch.randn(4096, 768, device=DEVICE, dtype=pick_dtype(parse([]), DEVICE))
 
     def build(compute):
         layer = Linear(768, 3072, how=How('int8/row', 'int8/row', compute=compute))
@@ -441,19 +446,20 @@ def peak_memory():
 
 TABLE = [  # comparison, device, rows: (name, our side, other side, bar, stretch)
     (stochastic_rounding, 'cpu', [
-        ('CPU: stochastic rounding by hash, to rand_like', 'hash', 'rand_like', 4, 8)]),
+        ('CPU: stochastic rounding by hash, to rand_like', 'hash', 'rand_like', 4, 8),
+        ('CPU: the same, to eager rand_like', 'hash', 'eager rand_like', None, None)]),
     (linear_forward, 'cpu', [
-        ('CPU: quantized linear forward 4096x768x3072, to fake-quant', 'codes', 'float', 2, 4)]),
+        ('CPU: quantized linear forward 4096x768x3072, to fake-quant', 'codes', 'float', 3, 4)]),
     (small_training, 'cpu', [
         ('CPU: W8A8 training step, to fp32', 'w8a8', 'fp32', 1.3, 1.8),
-        ('CPU: W8A8 training step, to bf16', 'w8a8', 'bf16', None, None),
+        ('CPU: W8A8 training step, to bf16', 'w8a8', 'bf16', 1.15, None),
         ('CPU: full precision, to nanoGPT', 'fp32', 'nanoGPT', 0.97, 1.05),
         ('CPU: full precision, both compiled', 'fp32', 'nanoGPT compiled', None, None)]),
     (functools.partial(optimizer_step, 512, 4), 'cpu', [
-        ('CPU: 8-bit AdamW, to torchao', '8-bit', 'torchao', 10, 20),
-        ('CPU: 8-bit AdamW, to bitsandbytes', '8-bit', 'bitsandbytes', 5, 10),
-        ('CPU: 8-bit AdamW, to torch fused fp32', '8-bit', 'fused', None, None),
-        ('CPU: ternary packed update, to torch fused fp32', 'ternary', 'fused', None, None)]),
+        ('CPU: 8-bit AdamW, to torchao', '8-bit', 'torchao', 15, 20),
+        ('CPU: 8-bit AdamW, to bitsandbytes', '8-bit', 'bitsandbytes', 9, 10),
+        ('CPU: 8-bit AdamW, to torch fused fp32', '8-bit', 'fused', 0.6, None),
+        ('CPU: ternary packed update, to torch fused fp32', 'ternary', 'fused', 0.4, None)]),
     (compilations, 'any', [
         ('recompilations after step 3', 'recompilations', None, 0, None),
         ('graph breaks', 'graph breaks', None, 0, None)]),
@@ -534,6 +540,9 @@ def reason(row, device, late):
 
 
 def bench():
+    names = [row[0] for _, _, rows in TABLE for row in rows]
+    if not any(options.rows in name for name in names):
+        fail(f"no row has '{options.rows}' in its name: use some of {'; '.join(names)}")
     began, results, head = time.time(), [], header()
     print({name: f'{rate / 1e9:.4g} G/s' for name, rate in rates().items()}, file=sys.stderr)
     print('| row | ours | other | ratio | bar | stretch | limit | verdict |\n|' + '---|' * 8)
@@ -546,7 +555,7 @@ def bench():
         for result in new:
             print(line(result), flush=True)
         results += new
-        part = '-rows' if options.rows else '-quick' if options.quick else ''
+        part = '-quick' * options.quick + '-rows' * bool(options.rows)
         path = write('bench' + part,
                      {**head, 'seconds': round(time.time() - began), 'rows': results})
         free()

@@ -72,7 +72,7 @@ def draw(results, path):
 def main(options):
     stem, todo = RESULTS / 'bits', jobs(options.seeds)
     results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
-    lines = ['# Loss against the bits of a weight that last', '', *claim_lines(results, CLAIMS), '',
+    lines = ['# Loss against the bits of a weight that last', *claim_lines(results, CLAIMS), '',
              '| codes | e | bits: code + e | val loss |', '|---|---|---|---|']
     for code in CODES:
         for m in GATHERED:

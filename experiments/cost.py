@@ -18,7 +18,7 @@ from experiments.bench import CUDA, free, header, our_step, take_turns, write
 from experiments.runs import RESULTS, ROOT
 from quant import bytes_held
 
-STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': [],
+STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': ['--dtype=bfloat16'],
               'w8a8 + adam8': ['config/w8a8.py', 'config/adam8.py'],
               'ternary': ['config/ternary.py']}
 WIDTHS, CONTEXTS = (128, 256, 512, 1024), (128, 512, 2048)
@@ -42,10 +42,9 @@ def measure():
                            'seconds_a_token': statistics.median(samples) / tokens,
                            'bytes_a_weight': size['weights'] + size['optimizer']})
             print(points[-1], file=sys.stderr)
-        path = write('cost', {**head, 'tokens': tokens, 'points': points})
         del steps, step
         free()
-    return path
+    return write('cost', {**head, 'tokens': tokens, 'points': points})
 
 
 def plot(path):
@@ -55,7 +54,7 @@ def plot(path):
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for panel, axis, label in zip(panels, ('width', 'context'),
                                   ('width (context 256)', 'context in tokens (width 256)')):
-        for name, marker in zip(STRATEGIES, 'o+x^'):       # two of the lines lie on each other
+        for name, marker in zip(STRATEGIES, 'o+x^'):       # two of the lines coincide
             points = [p for p in data['points'] if p['axis'] == axis and p['strategy'] == name]
             panel.plot([p['value'] for p in points], [p['seconds_a_token'] * 1e6 for p in points],
                        marker + '-', color=METHODS[name], markersize=7,
@@ -80,6 +79,8 @@ if __name__ == '__main__':
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--plot', metavar='FILE', type=Path)
     file = parser.parse_args().plot
+    if file and not file.exists():
+        parser.error(f'there is no {file}')
     os.chdir(ROOT)                                      # where config/ is
     torch._dynamo.config.recompile_limit = 64           # several models in one process
     plot(file or measure())

@@ -20,7 +20,7 @@ import re
 import statistics
 
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
-                              parser_of, report, results_of, run_all, table)
+                              parser_of, report, results_of, run_all, seeded, table)
 
 ADAMW, PLAIN, ROWS, TERNARY, MUON, BITNET, INT8, BF16 = SIDES = (
     'AdamW', 'AdamW without momentum', 'BitNet, per-row scales', 'direct ternary', 'Muon', 'BitNet',
@@ -36,7 +36,7 @@ GRIDS = {'int3': 0.04, 'int4': 0.024, 'int8': 0.012}
 
 
 def tries(size):
-    """{side: [keys for train.py]}, the first of which it takes as long as none has ended."""
+    """{side: [keys for train.py]}, the first of which it takes until all have ended."""
     rate = 6e-3 if size == 'tiny' else 1.5e-3   # 3e-3 was too low a middle for BitNet and Muon
     found = {}
     for side, how in HOW.items():
@@ -63,20 +63,21 @@ def every_try(size, sides=SIDES):
 
 
 def chosen(size):
-    """{side: its keys}, of the try that ended lowest."""
+    """{side: its keys}, of the try that ended lowest, or the first of them until all have ended."""
     size = 'default' if size == 'large' else size
     results = results_of(RESULTS / f'direct-{size}-python.jsonl', every_try(size))
-    return {side: min(texts, key=lambda text: losses(results, text).get(1, math.inf))
-            for side, texts in tries(size).items()}
+    ended = lambda texts: all(losses(results, text) for text in texts)
+    return {side: min(texts, key=lambda text: losses(results, text)[1]) if ended(texts)
+            else texts[0] for side, texts in tries(size).items()}
 
 
 def rows(sides):
     """{section: {name: keys for train.py}}, with the keys of each side; changes are of direct
-    ternary."""
+    ternary. Int8 codes under a ternary forward are a side."""
     stored = {f'stored in {grid}': f'config/direct8.py stored={grid}/row code_lr={rate}'
               for grid, rate in GRIDS.items()}
     ternary = {f'{name}, ternary forward': f'{text} weights=ternary/row/absmean'
-               for name, text in stored.items()}
+               for name, text in stored.items() if 'int8' not in name}
     changes = {
         'controls': {
             'frozen random ternary': 'code_lr=1e-9 scale_lr=0',
@@ -153,12 +154,12 @@ def draw(results, path):
                 mean, half = interval(values)
                 yield size['weights'] + size['optimizer'], mean, half if len(values) > 2 else 0
 
-    for name in SIDES:
+    for name in (*SIDES, HALF):
         for x, y, half in points([name]):
             left.errorbar(x, y, half, fmt='o', capsize=2, color=METHODS[name], label=name)
     first = [result['seed'] for result in results[:1]]       # all rows have it
-    for section, mark in ('stored', 's-'), ('ternary forward', 'D-'):
-        if found := [*zip(*points(rows(HOW)[section], first))]:
+    for section, last, mark in ('stored', [], 's-'), ('ternary forward', [INT8], 'D-'):
+        if found := [*zip(*points([*rows(HOW)[section], *last], first))]:
             left.plot(*found[:2], mark, color='0.6', lw=1, label=f'{section}: int3, 4, 8')
     left.set(xscale='log', xlabel='bytes that a weight and its states hold',
              ylabel='validation loss, nats/token', title='Loss against bytes')
@@ -185,10 +186,8 @@ def draw(results, path):
 
 
 def jobs_of(size, dataset, seeds=(14, 15, 16, 17, 18)):
-    """{section: [Job]}. A row that no claim is about has the first seed alone."""
-    claimed = {name for claim in CLAIMS for name in (claim[2], claim[5])}
-    return {section: [job(size, dataset, name, text, seed) for seed in seeds
-                      for name, text in found.items() if seed == seeds[0] or name in claimed]
+    """{section: [Job]}. A row that no claim is about runs with the first seed only."""
+    return {section: [job(size, dataset, *row) for row in seeded(found, CLAIMS, seeds)]
             for section, found in rows(chosen(size)).items()}
 
 
@@ -202,12 +201,10 @@ def main(options):
             options.jobs)
     results = results_of(path(options.dataset), sum(jobs.values(), []))
     tried = results_of(path('python'), every_try(size))
-    inferred = [{**r, 'name': f'{r["name"]}, as ternary', 'val_loss': r['loss_as_ternary']}
+    inferred = [{**r, 'name': f'{r["name"]}, as ternary', 'val_loss': r.get('loss_as_ternary')}
                 for r in results if r['name'] == 'stored in int8']
-    lines = [f'# Direct training, {size} size, {options.dataset} corpus']
-    for family in dict.fromkeys(claim[0] for claim in CLAIMS):
-        told = claim_lines(results + inferred, [claim for claim in CLAIMS if claim[0] == family])
-        lines += ['', *told] if len(told) > 2 else []
+    lines = [f'# Direct training, {size} size, {options.dataset} corpus',
+             *claim_lines(results + inferred, CLAIMS)]
     for section, names in rows(HOW).items():
         if names := [name for name in names if losses(results, name)]:
             reference = ROWS if section in ('hard', 'others') else TERNARY

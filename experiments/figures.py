@@ -12,7 +12,8 @@ from matplotlib import pyplot   # noqa: E402
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     '#000000', '#e69f00', '#56b4e9', '#009e73', '#0072b2', '#d55e00', '#cc79a7')
 METHODS = {
-    'AdamW': BLACK, 'float32 AdamW': BLACK, 'AdamW without momentum': '0.55', 'Muon': SKY,
+    'AdamW': BLACK, 'float32 AdamW': BLACK, 'AdamW, half the rate': '0.3',
+    'AdamW without momentum': '0.55', 'Muon': SKY,
     'BitNet': ORANGE, 'BitNet, per-row scales': RED, 'BitNet without momentum': RED,
     'direct ternary': BLUE, 'direct int4': SKY, 'direct int8': GREEN,
     'int8 codes, ternary forward': GREEN, 'bfloat16 without momentum': PINK, 'RTN': ORANGE,

@@ -8,7 +8,7 @@ What torch.compile makes for a GPU, seen without one: python -m experiments.fusi
     --inductor=A=1,B=True  options of Inductor that are tried
 
 The model and the optimizer are the project's own, compiled by GPT.compile and Optimizer, at the
-shapes of GPT-2 124M: 16 sequences of 1024 tokens, bfloat16. What believes in a GPU is no_gpu.py.
+shapes of GPT-2 124M: 16 sequences of 1024 tokens, bfloat16. no_gpu.py makes torch believe in a GPU.
 
 What is counted. A kernel is Triton code of pointwise operations and reductions, Triton code of a
 matmul with what is fused to it (template), or a call of cuBLAS or flash attention (extern). It
@@ -98,19 +98,15 @@ VIEWS = {'view', 'reshape', '_unsafe_view', 'permute', 't', 'transpose', 'expand
 FREE = {'full', 'iota', 'scalar_tensor', 'arange', 'empty'}     # made where they are used
 
 
-def operation(node):
-    target = node.target
-    name = getattr(target, '_schema', target)
-    return getattr(name, 'name', None) or getattr(name, '__name__', '')
-
-
 def op(node):
     """The bare name of a node's operation: mm, view .."""
-    return operation(node).split('::')[-1].split('.')[0] if node.op == 'call_function' else ''
+    target = getattr(node.target, '_schema', node.target)
+    name = getattr(target, 'name', '') or getattr(target, '__name__', '')
+    return name.split('::')[-1].split('.')[0] if node.op == 'call_function' else ''
 
 
 def size(node, width=None):
-    """Bytes of what a node stands for, what is expanded once."""
+    """Bytes of what a node stands for; an expanded axis counts once."""
     value = node.meta.get('val')
     tensors = value if isinstance(value, (tuple, list)) else [value]
     return sum((width or t.dtype.itemsize)
@@ -427,29 +423,34 @@ def table(found):
         yield f'| {" | ".join(map(str, cells))} |'
 
 
+def choices(text):
+    """'A=1,B=True' as a dict."""
+    return {key: ast.literal_eval(value) for key, value in (
+        pair.split('=') for pair in text.split(','))}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ptx', action='store_true')
     parser.add_argument('--numerics', action='store_true')
-    parser.add_argument('--inductor', default='', metavar='A=1,B=True')
-    parser.add_argument('--json', metavar='FILE', help='default: experiments/results/fusion.json')
+    parser.add_argument('--inductor', default={}, type=choices, metavar='A=1,B=True')
+    parser.add_argument('--json', metavar='FILE', help='if all is as usual: results/fusion.json')
     options, args = parser.parse_known_args()
     if reason := lacking():
         sys.exit(f'error: {reason}')
     from experiments.runs import RESULTS, ROOT, machine
     os.chdir(ROOT)                                      # where config/ is
-    pairs = [pair.split('=') for pair in options.inductor.split(',') if pair]
-    inductor = {key: ast.literal_eval(value) for key, value in pairs}
     strategies = {' '.join(os.path.basename(a).removesuffix('.py') for a in args): args}
-    found = pretending('measure', strategies if args else STRATEGIES, inductor, False, options.ptx)
+    found = pretending('measure', strategies if args else STRATEGIES, options.inductor, False,
+                       options.ptx)
     print('\n'.join(table(found)))
     if not args:
         print('\n| bar | value | bar | stretch |\n|---|---|---|---|')
         for name, value, *goals in bars(found):
             print(f'| {name} | {value:.4g} | {goals[0]} | {goals[1]} |')
     content = {'machine': machine(), 'date': str(date.today()), 'torch': torch.__version__,
-               'triton': importlib.metadata.version('triton'), 'inductor': inductor,
+               'triton': importlib.metadata.version('triton'), 'inductor': options.inductor,
                'strategies': found, 'bars': [] if args else bars(found)}
     if options.numerics:
         content['numerics'] = pretending('numerics', TRITON_INTERPRET='1')
@@ -459,7 +460,8 @@ def main():
             cells = [sum(p[i] for p in pairs if p[0] == kind) for kind in ('codes', 'floats')
                      for i in (1, 3)]
             print(f'| {name} | {" | ".join(map(str, cells))} | {max(p[2] for p in pairs):.2g} |')
-    if options.json or not args:        # one strategy does not replace the table of all
+    usual = options.ptx and options.numerics and not args and not options.inductor
+    if options.json or usual:           # what is only tried does not replace the results
         path = options.json or RESULTS / 'fusion.json'
         with open(path, 'w', encoding='utf-8') as f:
             f.write(json.dumps(content, indent=1) + '\n')

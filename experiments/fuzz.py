@@ -5,9 +5,9 @@ Random configurations, each of which train.py must refuse in one line or carry t
 
 Values are drawn for all keys that choose what is quantized and how, and Specs for all tensors;
 what train.py refuses is left out again. What is accepted must train four steps, go on after Ctrl-C
-to the same checkpoint, bit for bit, evaluate from it to the same loss, sample, and, stored in full
-precision, be quantized after training. Prints counts, and for each failure the commands that
-reproduce it; the exit code is then 1. A loss that becomes nan or infinite is no failure.
+to the same checkpoint, bit for bit, evaluate from it to the same loss, sample, and (half of what is
+stored in full precision) be quantized after training. Prints counts, and for each failure commands
+that reproduce it; the exit code is then 1. A loss that becomes nan or infinite is no failure.
 """
 import argparse
 import contextlib

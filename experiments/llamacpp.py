@@ -28,7 +28,10 @@ from data.tokenizer import encoding
 from experiments.runs import RESULTS, machine
 
 NOTHING = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)(lambda *_: None)   # of its log
-F32, BYTES = 0, 256         # a ggml_type; more than any struct of options has
+F32 = 0                     # a ggml_type
+BYTES = 256                 # at least the size of any struct of options
+# what llama-quantize takes (tensor_type_fallback, 2026) where blocks of 256 do not divide a row
+FALLBACK = {'Q4_K': 'Q5_0', 'Q3_K': 'Q4_0', 'Q2_K': 'Q4_0'}
 
 
 class Options(C.Structure):
@@ -59,7 +62,7 @@ def library():
             ('batch_init', Batch, (C.c_int32,) * 3), ('decode', C.c_int32, (p, Batch)),
             ('get_logits', C.POINTER(C.c_float), (p,)), ('get_memory', p, (p,)),
             ('memory_clear', None, (p, C.c_bool)), ('free', None, (p,)),
-            ('model_free', None, (p,)),
+            ('model_free', None, (p,)), ('set_n_threads', None, (p, C.c_int32, C.c_int32)),
             ('tokenize', C.c_int32, (p, text, C.c_int32, ints, C.c_int32, C.c_bool, C.c_bool)),
             ('detokenize', C.c_int32,
              (p, ints, C.c_int32, text, C.c_int32, C.c_bool, C.c_bool))):
@@ -82,9 +85,9 @@ class Model:
             raise ValueError(f'llama.cpp does not load {path}')
         options = self.lib.llama_context_default_params()
         options.field[0], options.field[1] = T, max(T, 512)         # n_ctx, n_batch
-        options.field[6] = options.field[7] = threads
         options.field[26] = options.field[27] = F32                 # type_k, type_v
         self.context = self.lib.llama_init_from_model(self.model, options)
+        self.lib.llama_set_n_threads(self.context, threads, threads)
         self.vocab = self.lib.llama_model_get_vocab(self.model)
         self.vocab_size = self.lib.llama_vocab_n_tokens(self.vocab)
         self.batch = self.lib.llama_batch_init(T, 0, 1)
@@ -118,17 +121,16 @@ class Model:
 
 
 def rounded(w, kind):
-    """w (out, in), float32, as llama.cpp's own rounding to a type leaves it: (w^, bytes). Where a
-    type's blocks of 256 do not divide a row, IQ4_NL in its place, as llama-quantize has it."""
-    import gguf
-    kind = gguf.GGMLQuantizationType[kind]
-    if w.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
-        kind = gguf.GGMLQuantizationType.IQ4_NL
-    size, width = gguf.GGML_QUANT_SIZES[kind]
+    """w (out, in), float32, as llama.cpp's own rounding to a type, or to its FALLBACK, leaves it:
+    (w^, bytes)."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    kind = GGMLQuantizationType[FALLBACK[kind] if w.shape[1] % block else kind]
+    block, size = GGML_QUANT_SIZES[kind]
     w = np.ascontiguousarray(w, np.float32)
-    out = np.empty((len(w), w.shape[1] // size * width), np.uint8)
+    out = np.empty((len(w), w.shape[1] // block * size), np.uint8)
     library().ggml_quantize_chunk(kind, w.ctypes.data, out.ctypes.data, 0, *w.shape, None)
-    return gguf.quants.dequantize(out, kind), out.nbytes
+    return quants.dequantize(out, kind), out.nbytes
 
 
 @torch.no_grad()
@@ -171,7 +173,9 @@ if __name__ == '__main__':
         fail('give a checkpoint: python -m experiments.llamacpp out/ternary/ckpt.pt')
     try:
         result = compare(sys.argv[1])
-    except (ImportError, ValueError) as e:
+    except ImportError as e:
         fail(f'{e}; pip install -r convert/requirements.txt')
+    except ValueError as e:
+        fail(e)
     print(json.dumps(result, indent=1))
     RESULTS.joinpath('llamacpp.json').write_text(json.dumps(result, indent=1) + '\n', 'utf-8')

@@ -1,10 +1,11 @@
 """
 Loss against the memory of training, at equal tokens: python -m experiments.memory
 
-For 2, 4 and 8 MB of weights, optimizer states and the largest gradient (each is used at once:
-update_in_backward), the widest model of each recipe, trained on the same tokens, none twice.
-Writes results/memory.jsonl, one line a run, .md and .png. 34 runs: about three hours
-on two cores; finished ones are skipped.
+For 2, 4 and 8 MB of weights, optimizer states and the largest gradient (update_in_backward: each is
+used at once), the widest model of each recipe, trained on the same tokens, none twice. The gradient
+of embedding and head comes with the loss, and waits beside the others: what is held with it is in
+the table and in the figure. Writes results/memory.jsonl, one line a run, .md and .png. 34 runs:
+about three hours on two cores; finished ones are skipped.
 """
 import statistics
 from dataclasses import replace
@@ -30,33 +31,32 @@ RECIPES = {
 MEGABYTES, STEPS = (2, 4, 8), 2400
 
 
-def config_of(text):
-    """The Config of keys that are known to be right: to try it would take a second."""
-    return replace(train.Config(), **keys(arguments(text)))
+def model_of(args):
+    """(Config, GPT) of arguments that are known to be right: to try them would take a second."""
+    config = replace(train.Config(), **keys(args))
+    return config, GPT(config, 1024)
 
 
-def keys_of(recipe, width):
-    """Keys for train.py of a recipe at a width."""
+def args_of(recipe, width):
+    """Arguments for train.py of a recipe at a width."""
     text, power = RECIPES[recipe]
     more = max(1, 256 / width) ** power
-    return f'{text} n_embd={width} n_head={width // 32} hidden={round(8 * width / 3 / 64) * 64} ' \
-        f'learning_rate={1.5e-3 * more:.3g} embedding_lr={6e-3 * more:.3g} ' \
-        f'max_iters={STEPS} update_in_backward=True'
+    return arguments(
+        f'{text} n_embd={width} n_head={width // 32} hidden={round(8 * width / 3 / 64) * 64} '
+        f'learning_rate={1.5e-3 * more:.3g} embedding_lr={6e-3 * more:.3g} '
+        f'max_iters={STEPS} update_in_backward=True')
 
 
-def megabytes(text):
-    """Of weights, states and the largest gradient, of a model that is built."""
-    config = config_of(text)
-    model = GPT(config, 1024)
+def megabytes(args):
+    """(by which a width is chosen, held): weights, states and the largest gradient; and the same
+    with the gradient of embedding and head beside the largest of the others."""
+    config, model = model_of(args)
     rtn_(model, config.stored)
     size = bytes_held(model, Optimizer(model, config))
-    gradient = 4 * max(p.numel() for p in model.parameters())
-    return (size['weights'] + size['optimizer'] + gradient) / 1e6
-
-
-def parameters(args):
-    config = replace(train.Config(), **keys(args))
-    return sum(p.numel() for p in GPT(config, 1024).parameters())
+    head, others = model.lm_head.weight, {*model.parameters()} - {model.lm_head.weight}
+    most = max(p.numel() for p in others)
+    return tuple((size['weights'] + size['optimizer'] + 4 * gradients) / 1e6
+                 for gradients in (max(head.numel(), most), head.numel() + most))
 
 
 def jobs(seeds, most=MEGABYTES):
@@ -65,12 +65,12 @@ def jobs(seeds, most=MEGABYTES):
     for recipe in RECIPES:
         sizes, width = {}, 64
         while not sizes or max(sizes.values()) <= max(most):
-            sizes[width] = megabytes(keys_of(recipe, width))
+            sizes[width], _ = megabytes(args_of(recipe, width))
             width += 32
         for budget in most:
             fit = [width for width, size in sizes.items() if size <= budget]
             if fit:
-                found.append((f'{recipe}, {budget} MB', arguments(keys_of(recipe, max(fit)))))
+                found.append((f'{recipe}, {budget} MB', args_of(recipe, max(fit))))
     return [Job(name, args, seed) for seed in seeds for name, args in found]
 
 
@@ -79,7 +79,7 @@ def draw(points, path):
     operations, [losses])]}."""
     from experiments.figures import METHODS, pyplot
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    for panel, axis, label in zip(panels, (0, 1), ('MB of weights, optimizer states and gradient',
+    for panel, axis, label in zip(panels, (0, 1), ('MB of weights, optimizer states and gradients',
                                                    'operations of training, 6 N D')):
         for recipe, found in points.items():
             x, y = [p[axis] for p in found], [statistics.mean(p[2]) for p in found]
@@ -98,16 +98,18 @@ def main(options):
     stem, todo = RESULTS / 'memory', jobs(options.seeds)
     results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
     points, lines = {}, ['# Loss against the memory of training', '',
-                         '| recipe | MB | parameters | tokens a parameter | val loss |',
-                         '|---|---|---|---|---|']
+                         '| recipe | MB | held | parameters | tokens a parameter | val loss |',
+                         '|---|---|---|---|---|---|']
     for recipe in RECIPES:
         for most in MEGABYTES:
             found = [*losses(results, name := f'{recipe}, {most} MB').values()]
             if found:
                 args = next(job.args for job in todo if job.name == name)
-                n, tokens = parameters(args), STEPS * 2048
-                points.setdefault(recipe, []).append((most, 6 * n * tokens, found))
-                lines.append(f'| {recipe} | {most} | {n / 1e6:.2f}M | {tokens / n:.1f} | '
+                (_, model), (_, held) = model_of(args), megabytes(args)
+                n, tokens = sum(p.numel() for p in model.parameters()), STEPS * 2048
+                points.setdefault(recipe, []).append((held, 6 * n * tokens, found))
+                lines.append(f'| {recipe} | {most} | {held:.2f} | {n / 1e6:.2f}M | '
+                             f'{tokens / n:.1f} | '
                              + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
     report(stem, lines)
     draw(points, stem.with_suffix('.png'))

@@ -1,5 +1,5 @@
 """
-A GPU that is none: torch.compile's code for an H100, made, compiled and run without one.
+A GPU that is not there: torch.compile's code for an H100, made, compiled and run without one.
 
 Inductor writes its code from the shapes of fake tensors, so all it needs of a GPU is the word of
 one: a device that does nothing (C++, `GUARD`), the properties of an H100, and a stop where the
@@ -68,7 +68,7 @@ def lacking():
 
 
 # ------------------------------------------------------------------------------------------------
-# a GPU that is none
+# a GPU that is not there
 
 def build_guard(folder):
     """The path of GUARD, compiled into a folder."""

@@ -50,7 +50,7 @@ def rows():
     for bits in 4, 3:
         name = f'gptq int{bits}/64/mse, mlp.c_proj in int8/row'
         found[name] = 'gptq', f'int{bits}/64/mse', 'mlp.c_proj'
-    for kind in 'Q4_1', 'Q4_0', 'Q4_K', 'Q3_K', 'Q2_K':
+    for kind in 'Q4_1', 'Q4_0', 'IQ4_NL', 'Q4_K', 'Q3_K', 'Q2_K':
         found[f'llama.cpp {kind}'] = 'llama.cpp', kind, ''
     return found
 
@@ -113,7 +113,7 @@ def texts(tokenizer):
 
 
 @torch.no_grad()
-def losses(model, windows):
+def window_losses(model, windows):
     """Loss of each window, in nats per token. What its weights stand for is taken to the dtype of
     the activations once, and not in every forward: to the same numbers."""
     for layer in linears(model).values():
@@ -152,7 +152,7 @@ def measure(name, row, base, data, full):
     result = {'name': name, 'bits': bits, 'seconds': time.perf_counter() - began,
               'threads': torch.get_num_threads()}
     for text, (_, windows) in data.items():
-        rise = losses(model, windows) - full[text]
+        rise = window_losses(model, windows) - full[text]
         # of the mean, 95 % by Student's t of 31 degrees of freedom
         result[text] = {'rise': rise.mean().item(),
                         'within': 2.040 * rise.std().item() / math.sqrt(len(rise))}
@@ -179,7 +179,8 @@ def table(results):
         f'Rise of the loss in nats per token, with 95 % intervals, from {whole} as it came.',
         'Blocks of 128 do not divide its width of 576. Its weights came as Q4_1: so that row must',
         'lose nothing, and is no evidence. int4/32/asymmetric is another grid, as its zero points',
-        'are integers. Where blocks of 256 do not divide a row, llama.cpp takes IQ4_NL instead.',
+        'are integers. Where blocks of 256 do not divide a row, llama.cpp takes Q5_0 in place of',
+        'Q4_K, and Q4_0 in place of Q3_K and Q2_K.',
         '',
         '| | bits | English | Python | time, threads |', '|---|---|---|---|---|', *lines, ''])
 
@@ -189,23 +190,27 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', default='', help='only those whose name has this in it')
     args = parser.parse_args()
+    if not any(args.rows in name for name in rows()):
+        fail(f"no row has '{args.rows}' in its name: use some of {', '.join(rows())}")
     path = RESULTS / 'pretrained.jsonl'
     base, tokenizer, difference = load()
     data = texts(tokenizer)
     text = torch.cat([windows for _, windows in data.values()]).numpy().tobytes()
     kind = {'dtype': str(base.dtype), 'sha256': hashlib.sha256(text).hexdigest()}
     done = rows_of(path, kind)
+    done.pop('full precision', None)        # it is measured anew
     wanted = {name: row for name, row in rows().items() if args.rows in name and name not in done}
-    full = {text: losses(copy.deepcopy(base), windows) for text, (_, windows) in data.items()}
+    full = {text: window_losses(copy.deepcopy(base), windows)
+            for text, (_, windows) in data.items()}
     first = {'name': 'full precision', **kind, 'differs_from_transformers': difference,
              **{text: {'loss': x.mean().item()} for text, x in full.items()}}
     for name, row in wanted.items():
         done[name] = measure(name, row, base, data, full) | {
             'date': str(date.today()), 'machine': machine()}
         print(json.dumps(done[name]), flush=True)
-        lines = [first, *(done[n] for n in rows() if n in done)]
-        path.write_text(''.join(json.dumps(r) + '\n' for r in lines), 'utf-8')
-        RESULTS.joinpath('pretrained.md').write_text(table(lines), 'utf-8')
+        path.write_text(''.join(json.dumps(r) + '\n' for r in (first, *done.values())), 'utf-8')
+    RESULTS.joinpath('pretrained.md').write_text(
+        table([first, *(done[n] for n in rows() if n in done)]), 'utf-8')
 
 
 if __name__ == '__main__':

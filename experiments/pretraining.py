@@ -20,7 +20,7 @@ import torch
 
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, compare, decide,
                               interval, load, losses, parser_of, report, run_all, run_one,
-                              table)
+                              seeded, table)
 from quant import fake_quant, linears
 
 SEEDS = 11, 12, 13, 14, 15
@@ -189,13 +189,9 @@ def draw(results, sections, path, most=100):
 
 
 def jobs_of(seeds):
-    """Every row with the first seed, then those that a claim is about with the others."""
-    claimed, found = {name for claim in CLAIMS for name in (claim[2], claim[5])}, []
-    for section in rows().values():
-        for name, text in section.items():
-            found += [Job(name, [*SIZES['tiny'], *arguments(text)], seed)
-                      for seed in (seeds if name in claimed else seeds[:1])]
-    return sorted(found, key=lambda job: seeds.index(job.seed))
+    every = {name: text for section in rows().values() for name, text in section.items()}
+    return [Job(name, [*SIZES['tiny'], *arguments(text)], seed)
+            for name, text, seed in seeded(every, CLAIMS, seeds)]
 
 
 def main(options):
@@ -204,10 +200,7 @@ def main(options):
                       run=run_and_look)
     results += [{**r, **r['rounded'], 'name': ROUNDED} for r in results if 'rounded' in r]
     sections['Paper 1'][ROUNDED] = ''
-    lines = ['# Quantized pre-training', '']
-    for family in dict.fromkeys(claim[0] for claim in CLAIMS):
-        lines += [*claim_lines(results, [c for c in CLAIMS if c[0] == family]), '']
-    lines += look_lines(results)
+    lines = ['# Quantized pre-training', *claim_lines(results, CLAIMS), '', *look_lines(results)]
     for section, names in sections.items():
         names = [name for name in names if losses(results, name)]
         lines += ['', f'**{section}**', '', *table(results, BASE, names)]

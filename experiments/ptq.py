@@ -14,8 +14,9 @@ of the loss: of RTN and GPTQ over the trained model, of others over the control,
 model gains from new text does not count.
 Rates and epochs are chosen on one half of the validation text, and losses are of the other.
 
-Writes results/ptq.jsonl, one line a run, ptq.md and ptq.png. Finished runs are skipped; but where
-out/, in which their models are, is gone, a model begins anew only if its lines are removed.
+Writes results/ptq.jsonl, one line a run, ptq.md and ptq.png; with --models, ptq-small.md and so on.
+Finished runs are skipped; but where out/, in which their models are, is gone, a model begins anew
+only if its lines are removed.
 """
 import math
 import statistics
@@ -25,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import config
 import train
@@ -45,12 +45,12 @@ class Plan(NamedTuple):
     batch: int              # windows a step
     groups: tuple           # what shares a scale; tries are made with the first of them
     bits: tuple
-    rates: tuple            # of fine-tuning, at a width of 256: each is tried; and what differs
-    epochs: tuple           # with each number of epochs
-    methods: tuple          # of fine-tuning; those after QAFT only below 4 bits, first of groups
+    rates: tuple            # learning_rate of fine-tuning, each tried; more keys may follow it
+    epochs: tuple           # each tried with each of the rates
+    methods: tuple          # of fine-tuning: all but QAFT below 4 bits alone, with first of groups
     scale_rates: tuple      # the same, of `SCALES`
     tuned: int              # the seed that chooses
-    seeds: int              # so many report, at most
+    seeds: int              # at most so many of --seeds report
     tokens: int             # of validation text to report on; half as many to choose by
     step: float             # seconds of a step of fine-tuning, on one core of an AMD EPYC
 
@@ -72,6 +72,7 @@ PLANS = {
                     (*RATES[2:], '1e-3 embedding_lr=1e-12'), (1,), (*TUNED[:2], SCALES),
                     ('1e-2', '1e-2 learning_rate=1e-3', '0. learning_rate=1e-3'), 11, 1, 2 ** 13,
                     33)}
+MODELS = ['small', 'smollm2']
 TAU = 0.05                  # nats: the rise of the loss at the edge of the basin
 WAY = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5      # from the trained weights to those of a method
 
@@ -170,7 +171,7 @@ def taught(teacher):
 
 
 @torch.no_grad()
-def losses(run, data, starts):
+def part_losses(run, data, starts):
     """Loss in nats per token of each of up to 32 parts of the windows that begin at `starts`."""
     run.model.eval()
     return [run.model(*run.batch(data, part)).item()
@@ -178,11 +179,11 @@ def losses(run, data, starts):
 
 
 def half(run, which, tokens):
-    """`losses` of every second window of val.bin, or fewer: 0 is to choose by, 1 to report."""
+    """`part_losses` of every second window of val.bin, or fewer: 0 to choose by, 1 to report."""
     T = run.config.block_size
     windows = np.arange(which, (len(run.val_data) - 1) // T, 2)
     few = np.linspace(0, len(windows) - 1, min(len(windows), tokens // T)).astype(int)
-    return losses(run, run.val_data, windows[few] * T)
+    return part_losses(run, run.val_data, windows[few] * T)
 
 
 def measure(job):
@@ -199,7 +200,7 @@ def measure(job):
     if ptq == 'gptq' and len(plan.methods) > 1:
         save_floats(run, job.folder)
     few = sequence_starts(run.config, len(run.train_data))[:max(1, plan.windows // 32)]
-    seen, choose = losses(run, run.train_data, few), half(run, 0, plan.tokens // 2)
+    seen, choose = part_losses(run, run.train_data, few), half(run, 0, plan.tokens // 2)
     result |= {'choose': statistics.mean(choose), 'seen': statistics.mean(seen),
                'report': half(run, 1, plan.tokens)}
     return result if job.seed == plan.tuned else result | look(opened(base), run, ptq == 'rtn')
@@ -279,8 +280,8 @@ def ways(found, grid, method):
 
 
 def claims(found):
-    """{what was claimed before anything ran: [(text, a number of each seed, sign, bound)]}; the
-    parts of a claim are about means, and one family."""
+    """{claim, written before these runs (P8 after a shorter try): [(text, a number of each seed,
+    sign, bound)]}; the parts of a claim are about means, and one family."""
     cost_of, grids = costs(found), list(dict.fromkeys(grid for grid, _ in found if grid))
     low, best = [grid for grid in grids if grid[3] < '4'], ('QAFT', 'GPTQ', 'RTN')
     cost = lambda grid, method: cost_of[grid, method]
@@ -306,17 +307,18 @@ def claims(found):
                 cost, (SCALES, method), [g for g in low if (g, SCALES) in found])]}
     if 'line' not in found[grids[0], 'RTN'][0]:
         return told
+    from scipy.stats import spearmanr
     r = lambda grid, method: of(found, grid, method.replace('random', 'RTN'), 'distance')
     error = lambda grid, method: of(found, grid, method, 'error')
     slope = lambda grid, method: ways(found, grid, method)[:, WAY.index(1)] / r(grid, method)
     share = np.mean([of(found, g, 'GPTQ', 'errors') < of(found, g, 'RTN', 'errors')
                      for g in grids], (0, 2))
-    edge, rank = {}, lambda x: np.argsort(np.argsort(x))
+    edge = {}
     for g in grids:     # R is read off the random way with the longest steps, where rise ~ r^2
         far = 'int2' + g[4:]
         edge[g] = r(g, 'RTN') / r(far, 'RTN') / [
             np.interp(TAU ** 0.5, way.clip(0) ** 0.5, WAY) for way in ways(found, far, 'random')]
-    order = [np.corrcoef(rank(x), rank(y))[0, 1] for x, y in zip(
+    order = [spearmanr(x, y).statistic for x, y in zip(
         zip(*edge.values()), zip(*(cost(g, 'RTN') for g in grids)))]
     return told | {
         'P3: GPTQ has less local error than RTN in 90 % of the layers, at 3 and 2 bits QAFT more '
@@ -331,7 +333,7 @@ def claims(found):
             rising(slope, (*best, 'random'), grids)}
 
 
-def show(values):
+def plus_minus(values):
     return '{:+.4f} ± {:.4f}'.format(*interval([*values]))
 
 
@@ -344,22 +346,24 @@ def table(model, found, chosen):
              '| weights | method | rise of the loss | over the control | on text it saw | rate, '
              'epochs |', '|---|---|---|---|---|---|']
     for grid, method in [('', 'control'), *cost_of]:
-        over = show(cost_of[grid, method]) if method in TUNED else ''
+        over = plus_minus(cost_of[grid, method]) if method in TUNED else ''
         how = ', '.join(map(str, chosen[grid[:4], method] or ()))
-        lines.append(f'| {grid} | {method} | {show(loss(found, grid, method) - base)} | {over} | '
+        rise = plus_minus(loss(found, grid, method) - base)
+        lines.append(f'| {grid} | {method} | {rise} | {over} | '
                      f'{seen[grid, method] - seen["", "base"]:+.4f} | {how} |')
     lines += ['', '| claim | | its parts: mean and 95 % interval |', '|---|---|---|']
     for claim, parts in claims(found).items():
         words = decide([([*values], sign, bound) for _, values, sign, bound in parts])
         whole = next((word for word in ('FAIL', 'UNRESOLVED') if word in words), 'PASS')
         lines += [f'| {claim} | **{whole}** | ' + '; '.join(
-            f'{text}: {show(values)}, wanted {sign} {bound}, {word}'
+            f'{text}: {plus_minus(values)}, wanted {sign} {bound}, {word}'
             for word, (text, values, sign, bound) in zip(words, parts)) + ' |'] if parts else []
     return lines
 
 
 def draw(everything, path):
-    """Costs by bits; of the first model also costs by local error, and the loss on the way."""
+    """Costs by bits; of the first model that reports on other seeds than the one that chose, also
+    costs by local error, and the loss on the way."""
     from experiments.figures import METHODS, pyplot
     fig, (one, two, three) = pyplot.subplots(1, 3, figsize=(13, 4.4))
     for (model, found), marker in zip(everything.items(), 'osD'):
@@ -373,7 +377,7 @@ def draw(everything, path):
         for group in sorted({group for _, group in curves}):
             one.plot([], [], marker + '-:'[group == 'row'], color='0.4',
                      label=f'{model}, a scale per {group}')
-    found = next(iter(everything.values()))
+    found = next(found for found in everything.values() if 'line' in found['', 'base'][0])
     for (grid, method), value in costs(found).items():
         two.plot(of(found, grid, method, 'error').mean(), value.mean(), '^so'[int(grid[3]) - 2],
                  color=METHODS[method])
@@ -407,21 +411,23 @@ def run_model(model, options):
     {(bits, method): the chosen how})."""
     path, tries = RESULTS / 'ptq.jsonl', jobs_of(model, PLANS[model].tuned)
 
-    def run(what_for, every):
+    def run(every):
         """Result lines by mark. What others start from comes first, and keeps its checkpoints."""
-        hours = sum(time_of(job) for found in every for job in found.values()) / 3600
-        tqdm.write(f'{model}, {what_for}: {hours / options.jobs:.1f} hours if none of it is done')
+        keep = [job.name for found in every for what, job in found.items()
+                if what[1] in ('base', 'GPTQ')]
         for stage in ('base',), ('RTN', 'GPTQ'), ('control', *TUNED):
             todo = [job for found in every for what, job in found.items() if what[1] in stage]
-            keep = [job.name for job in todo if 'control' not in stage]
             run_all(path, todo, options.jobs, keep, measure, time_of)
         return {r['mark']: r for r in read(path)}
 
-    lines = run('to choose rates and epochs', [tries])
+    lines = run([tries])
     best_last = sorted(tries.items(), key=lambda item: -lines[item[1].mark]['choose'])
     chosen = {(grid[:4], method): how for (grid, method, how), _ in best_last}
     reports = [jobs_of(model, seed, chosen) for seed in options.seeds[:PLANS[model].seeds]]
-    lines = run('to report', reports)
+    lines = run(reports)
+    for job in (job for found in reports for job in found.values()):
+        if lines[job.mark]['val_loss'] is None:
+            raise SystemExit(f'{job.name}, seed {job.seed}, is not finite: there is no table of it')
     return {what[:2]: [lines[found[what].mark] for found in reports]
             for what in reports[0]}, chosen
 
@@ -433,12 +439,14 @@ def main(options):
     for model in options.models:
         everything[model], chosen = run_model(model, options)
         lines += table(model, everything[model], chosen)
-    report(RESULTS / 'ptq', lines)
-    if 'line' in everything[options.models[0]]['', 'base'][0]:
-        draw(everything, RESULTS / 'ptq.png')
+    some = options.models if options.models != MODELS else []
+    stem = RESULTS / '-'.join(['ptq', *some])
+    report(stem, lines)
+    if any('line' in found['', 'base'][0] for found in everything.values()):
+        draw(everything, stem.with_suffix('.png'))
 
 
 if __name__ == '__main__':
     parser = parser_of(__doc__, [11, 12, 13, 14, 15])
-    parser.add_argument('--models', nargs='+', choices=PLANS, default=['small', 'smollm2'])
+    parser.add_argument('--models', nargs='+', choices=PLANS, default=MODELS)
     main(parser.parse_args())

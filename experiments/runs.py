@@ -61,8 +61,9 @@ class Job(NamedTuple):
 
     @property
     def mark(self):
-        """A digest of what is not the default, or not the checkpoint's, and matters to the loss: a
-        run whose config file changed is another."""
+        """A digest of what is not the default, after a checkpoint of all that is given, and matters
+        to the loss: a run whose config file changed is another. A default of train.Config that
+        changed is not seen: remove the lines that had the old one."""
         default, given = asdict(train.Config()), keys(self.args)
         changed = {k: v for k, v in given.items() if k not in ('out_dir', 'compile')
                    and (v != default[k] or given.get('checkpoint'))}
@@ -132,7 +133,7 @@ def load(job, *more):
 
 def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
-    val_loss None; any other failure raises RuntimeError with its last words. Of stored codes with
+    val_loss None; any other failure of it raises RuntimeError with its last words. Of codes with
     more levels than three, loss_as_ternary is that of the same model with ternary weights."""
     given, failed, mark, folder = keys(job.args), '', job.mark, job.folder
     unfinished = (folder / 'ckpt.pt').exists() and not given.get('ptq')
@@ -151,8 +152,6 @@ def run_one(job):
         raise RuntimeError(f'{job.name}: {failed}')
     log = read(folder / 'log.jsonl')
     first, last = log[0], log[-1]
-    curve = [[e['iter'], e['flips'] if 'flips' in e else None, e['train_loss']]
-             for e in log if 'train_loss' in e]
     kept = {'val_loss': None, 'failed': failed.split(';')[0]} if failed else \
         {key: last[key] for key in ('val_loss', 'val_bpb', 'loss_on_train', 'tokens', 'bytes',
                                     'levels', 'seconds')}
@@ -163,10 +162,8 @@ def run_one(job):
         kept['loss_as_ternary'] = run.evaluate(run.config.final_tokens, run.val_data)
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': mark, **kept,
             'weights': weights(train.Config(**first['config'])),
-            'curve': curve[::max(1, len(curve) // 20)], 'evaluations': tests,
-            'threads': torch.get_num_threads(),
-            'sha256': first['sha256'], **first['versions'], 'machine': machine(),
-            'date': str(date.today())}
+            'evaluations': tests, 'threads': torch.get_num_threads(), 'sha256': first['sha256'],
+            **first['versions'], 'machine': machine(), 'date': str(date.today())}
 
 
 @torch.no_grad()
@@ -186,16 +183,16 @@ def copying(run):
 @contextmanager
 def probed():
     """Within, the log line of an evaluation also says what the model copies."""
-    report = train.Run.report
+    original = train.Run.report
 
     def with_copying(run, *args, **more):
-        return report(run, *args, copying=copying(run), **more)
+        return original(run, *args, copying=copying(run), **more)
 
     train.Run.report = with_copying
     try:
         yield
     finally:
-        train.Run.report = report
+        train.Run.report = original
 
 
 def start_worker(threads, free=None):
@@ -220,16 +217,16 @@ def start_worker(threads, free=None):
 def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
     """Train what is not yet in the file `path`, `jobs` at a time, and keep the checkpoints of the
     names in `keep`; returns the results of `todo`. `run` makes a result line of a job, and `cost`
-    says about how many seconds it takes on one core. What fails is said when the rest is done."""
+    says about how many seconds it takes on one core. Failures are reported at the end."""
     if path.exists():       # a full disk leaves a line without its end
         os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
     old, failed = read(path), []
     done = {r.get('mark') for r in old}
     missing = {job.mark: job for job in todo if job.mark not in done}          # each once
-    there = {r['dtype'] for r in old if 'dtype' in r and 'dtype' not in keys(r['args'])}
-    asks = any('dtype' not in keys(job.args) for job in missing.values())
-    here = train.pick_dtype(train.Config(), train.pick_device(train.Config()))
-    if asks and there - {str(here).removeprefix('torch.')}:
+    # of those that take what the machine is fast at; no config file gives a dtype
+    there = {r['dtype'] for r in old if 'dtype' in r and not gives_dtype(r['args'])}
+    here = str(train.pick_dtype(train.Config(), train.pick_device(train.Config()))).split('.')[1]
+    if there - {here} and not all(gives_dtype(job.args) for job in missing.values()):
         raise SystemExit(f"{path} was computed in {', '.join(there)}, and here it would be {here}:"
                          ' go on where it began, or move the file away to begin anew')
     threads = max(1, cores() // jobs)
@@ -260,13 +257,20 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
                 if result['mark'] not in keep:
                     shutil.rmtree(pending[future].folder)
                 tqdm.write(f"{result['name']}, seed {result['seed']}: val loss {show(result)}")
-        except (KeyboardInterrupt, BrokenProcessPool):
+        except KeyboardInterrupt:
             raise SystemExit('stopped; the same command goes on from here') from None
+        except BrokenProcessPool:
+            raise SystemExit('stopped: a worker has ended, by Ctrl-C or for lack of memory (try '
+                             '--jobs 1); the same command goes on from here') from None
         finally:
             pool.shutdown(cancel_futures=True)
     if failed:
         raise SystemExit(f'{len(failed)} of {len(missing)} runs failed: {failed[0]}')
     return results_of(path, todo)
+
+
+def gives_dtype(args):
+    return any(arg.startswith('--dtype=') for arg in args)
 
 
 def seconds(job):
@@ -289,14 +293,30 @@ def results_of(path, jobs):
 # ------------------------------------------------------------------------------------------------
 # comparisons
 
+def seed(text):
+    """The seeds of results: those up to 10 have chosen rates."""
+    if int(text) <= 10:
+        raise argparse.ArgumentTypeError('seeds up to 10 choose rates: report on 11 and up')
+    return int(text)
+
+
+def seeded(rows, claims, seeds):
+    """[(name, keys, seed)] of {name: keys}: every row with the first seed, and those that a claim
+    is about with the others."""
+    claimed = {name for claim in claims for name in (claim[2], claim[5])}
+    return [(name, text, seed) for seed in seeds for name, text in rows.items()
+            if seed == seeds[0] or name in claimed]
+
+
 def parser_of(doc, seeds=None):
-    """Of the options of a program whose runs have seeds: --seeds and --jobs."""
+    """An argument parser with --seeds and --jobs. ROOT, where config/ is, becomes the current
+    folder."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, nargs='+', default=seeds)
+    parser.add_argument('--seeds', type=seed, nargs='+', default=seeds)
     parser.add_argument('--jobs', type=int, default=2, choices=range(1, 65), metavar='N',
                         help='runs at a time, sharing the cores')
-    os.chdir(ROOT)                                      # where config/ is
+    os.chdir(ROOT)
     return parser
 
 
@@ -323,8 +343,8 @@ def differences(results, a, b):
 
 
 def interval(values):
-    """Mean, and half the width of its 95 % interval by Student's t; of one value nan, inf if one
-    is."""
+    """Mean, and half the width of its 95 % interval by Student's t. The half is nan of one value;
+    an infinite value makes the mean infinite, and the half 0."""
     from scipy.stats import t
     n, mean = len(values), statistics.mean(values)
     if math.inf in values:
@@ -332,12 +352,12 @@ def interval(values):
     return mean, t.ppf(0.975, n - 1) * statistics.stdev(values) / n ** 0.5 if n > 1 else math.nan
 
 
-NEAR = 5        # percent: rows so near to one another have the same spread over seeds
+NEAR = 5        # percent: rows that differ by less are taken to spread alike over seeds
 
 
 def compare(results, a, b):
-    """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair. That of
-    one pair is as wide as the spread over seeds of all rows that are near b says, if it is near."""
+    """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair. For a
+    single pair near b, the width comes from the spread over seeds of all rows near b."""
     percent = differences(results, a, b)
     if len(percent) != 1 or abs(percent[0]) >= NEAR:
         return interval(percent) if percent else (math.nan, math.nan)
@@ -347,15 +367,17 @@ def compare(results, a, b):
 
 
 def spread(results, b):
-    """(standard deviation, degrees of freedom) of loss(a) / loss(b) - 1 in percent over seeds: of
-    all a that were trained, and not made of b, have several and are near it."""
+    """(standard deviation, degrees of freedom) of loss(a) / loss(b) - 1 in percent over seeds,
+    pooled over rows a that are runs of their own (not made of b's), have several seeds and lie near
+    b. All share the runs of b, so together they count for no more degrees than one of them has."""
     own = {r['mark'] for r in results if r['name'] == b}
     every = [differences(results, a, b) for a in {r['name'] for r in results
                                                   if r['mark'] not in own}]
     every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < NEAR]
-    df = sum(len(x) - 1 for x in every)
+    if not every:
+        return math.nan, 0
     squares = sum((len(x) - 1) * statistics.variance(x) for x in every)
-    return (math.sqrt(squares / df), df) if df else (math.nan, 0)
+    return math.sqrt(squares / sum(len(x) - 1 for x in every)), max(map(len, every)) - 1
 
 
 def chance(values, bound):
@@ -383,16 +405,20 @@ def decide(claims):
 
 
 def claim_lines(results, claims):
-    """Lines of a markdown table of verdicts; claims [(of, text, a, sign, percent, b)] say that
-    loss(a) is so many percent above loss(b), at most or at least."""
-    claims = [c for c in claims if losses(results, c[2]) and losses(results, c[5])]
-    words = decide([(differences(results, a, b), sign, percent)
-                    for _, _, a, sign, percent, b in claims])
-    lines = ['| of | claim | run, against | | mean and 95 % interval |', '|---|---|---|---|---|']
-    for word, (of, text, a, sign, percent, b) in zip(words, claims):
-        found = percents(compare(results, a, b))
-        lines.append(f'| {of} | {text} | {a}, {b} | **{word}** | {found}, wanted {sign} '
-                     f'{percent:+g} % |')
+    """Lines of markdown, a table of verdicts for each family; claims [(family, text, a, sign,
+    percent, b)] say that loss(a) is so many percent above loss(b), at most or at least. Those whose
+    runs are not there are left out."""
+    claims, lines = [c for c in claims if losses(results, c[2]) and losses(results, c[5])], []
+    for family in dict.fromkeys(claim[0] for claim in claims):
+        some = [claim for claim in claims if claim[0] == family]
+        words = decide([(differences(results, a, b), sign, percent)
+                        for *_, a, sign, percent, b in some])
+        lines += ['', '| of | claim | run, against | | mean and 95 % interval |',
+                  '|---|---|---|---|---|']
+        for word, (of, text, a, sign, percent, b) in zip(words, some):
+            found = percents(compare(results, a, b))
+            lines.append(f'| {of} | {text} | {a}, {b} | **{word}** | {found}, wanted {sign} '
+                         f'{percent:+g} % |')
     return lines
 
 
@@ -415,11 +441,11 @@ def table(results, reference, names):
         if math.inf in values:
             lines.append(f'| {name} | {len(rows)} | not finite | | | | |')
             continue
-        spread = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
+        sd = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
         size, seen = rows[0]['bytes']['linear'], statistics.mean(r['loss_on_train'] for r in rows)
         difference = '' if name == reference else percents(compare(results, name, reference))
         lines.append(
-            f'| {name} | {len(rows)} | {statistics.mean(values):.4f}{spread} | {seen:.4f} | '
+            f'| {name} | {len(rows)} | {statistics.mean(values):.4f}{sd} | {seen:.4f} | '
             f'{difference} | {rows[0]["tokens"] / rows[0]["weights"]:.1f} | '
             f'{size["weights"]:.2f} + {size["optimizer"]:.2f} |')
     return lines
