@@ -74,7 +74,7 @@ class Attention(nn.Module):
             # rounding has no gradient, and is taken for the identity
             k, v = ((t.float() + (fake_quant(t.float(), self.kv_cache) - t.float()).detach())
                     .to(t.dtype) for t in (k, v))
-        if self.n_kv < self.n_head:                 # a head of k and v for several of q
+        if self.n_kv < self.n_head:                 # each head of k and v serves several of q
             k, v = (t.repeat_interleave(self.n_head // self.n_kv, 1) for t in (k, v))
         # a query at t sees the keys up to t; with a cache there are more keys than queries
         S, dropout = k.shape[2], self.dropout if self.training else 0.0
@@ -148,7 +148,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, x, w, targets, key, how, chunk, training):
         N, about = len(x), 2 ** 28 if x.is_cuda else 2 ** 20               # elements of logits
         chunks = math.ceil(N * len(w) / about)
-        n = math.ceil(N / chunks / 128) * 128                   # blocks of a Spec divide it
+        n = math.ceil(N / chunks / 128) * 128                   # which blocks of a Spec divide
         loss, dx, dw = 0.0, [], None
         for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):
             l_i, dx_i, dw_i = chunk(x_i, w, t_i, how, key + i, 1 / N if training else None)
@@ -163,7 +163,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors
-        return dx * g, dw * g, None, None, None, None, None
+        return dx * g, dw * g, *[None] * 5
 
 
 class Head(Linear):
@@ -173,7 +173,7 @@ class Head(Linear):
         self.chunk = cross_entropy
 
     def loss(self, x, targets):
-        """Mean cross-entropy of the logits with targets (...), of which all count."""
+        """Mean cross-entropy of the logits with targets (...), all of which count."""
         return CrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), self.key,
                                   self.how, self.chunk, torch.is_grad_enabled())
 
@@ -205,7 +205,7 @@ class GPT(nn.Module):
             self.register_buffer('sin', angle.sin(), persistent=False)
         how = self.h[0].mlp.c_fc.how if config.quantize_head else How()
         for name, layer in linears(self).items() if config.keep else ():
-            layer.keep = bool(re.search(config.keep, name))
+            layer.keep = bool(re.search(config.keep, name.removesuffix('.weight')))
             layer.how = How() if layer.keep else layer.how
         self._init_weights()
         self.lm_head = Head(config.n_embd, vocab_size, how)
@@ -254,7 +254,7 @@ class GPT(nn.Module):
         x, angles = self.embed(idx, len(caches[0]) if caches else 0)            # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, angles, caches[i] if caches else None)
-        x = self.ln_f(x[:, [-1]] if caches else x)                              # all we need
+        x = self.ln_f(x[:, [-1]] if caches else x)              # generation needs only the last
         if targets is None:
             return self.lm_head(x).float()                                      # (B, T, vocab)
         return self.lm_head.loss(x, targets)

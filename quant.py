@@ -32,8 +32,8 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
-# codes are integers from low = Qn to high = Qp, or, if float = (mantissa bits, smallest exponent),
-# the rounded numbers (fp4: their bits), in a dtype; those of fewer than 8 bits are packed in bytes
+# a code is an integer from low = Qn to high = Qp; of a float grid, float = (mantissa bits, smallest
+# exponent), it is the rounded number (of fp4, its bits). Below 8 bits, codes are packed in bytes
 Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
@@ -63,8 +63,8 @@ WORDS = {  # field of Spec: its words; a block size, any number, is the other ki
     'scale': ['absmax', 'absmean', 'mse'], 'rounding': ['nearest', 'stochastic'],
     'map': list(MAPS), 'sign': ['symmetric', 'asymmetric'], 'rotation': ['hadamard'],
 }
-TINY = 2.0 ** -126      # the least scale: no quotient is 0 / 0
-INT_MM_CPU = 'AVX512' in torch.backends.cpu.get_cpu_capability()    # else it is plain loops
+TINY = 2.0 ** -126      # the smallest scale, so that no quotient is 0 / 0
+INT_MM_CPU = 'AVX512' in torch.backends.cpu.get_cpu_capability()    # else _int_mm is plain loops
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Spec:
                                 # a4.8, 2411.04965); mse: the one of `least_error`
     rounding: str = 'nearest'   # or stochastic: up with the probability that keeps the mean
     map: str = 'linear'         # a key of MAPS: what a code stands for
-    sign: str = 'symmetric'     # asymmetric: x^ = (q + z) s, so that codes span [min, max]
+    sign: str = 'symmetric'     # asymmetric: x^ = (q + z) s; codes span [min, max] to half a step
     rotation: str = ''          # hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
     format: str = ''            # nvfp4: e4m3 scales under one of float32; mxfp4: powers of two,
                                 # rounded down, which clips up to a quarter; mxfp8: rounded up
@@ -88,12 +88,13 @@ class Spec:
         return float(MAPS[self.map].level(GRIDS[self.grid].high))
 
     @property
-    def axis(self):     # along which a scale is shared, of what is `grouped`
+    def axis(self):     # of what is `grouped`: the one along which a scale is shared
         return 0 if self.group == 'column' else -1
 
 
 def spec(text):
-    """'int8/row/...' as a Spec, '' as None. Raises ValueError for a word that does not fit in."""
+    """'int8/row/...' as a Spec, '' as None. Raises ValueError for a word that is unknown, said
+    twice, or contradicts another."""
     if not text or isinstance(text, Spec):
         return text or None
     known, said = {word: {field: word} for field, words in WORDS.items() for word in words}, {}
@@ -121,7 +122,7 @@ def spec(text):
             (s.sign == 'symmetric' and grid.low == 0, {'hadamard'}),
             (s.map != 'linear', {'absmean'}), (s.format[:2] == 'mx', {'mse'})):
         for word in sorted(words & wrong) if is_so else ():
-            raise ValueError(f"spec '{text}' contradicts itself: '{word}' does not go with it")
+            raise ValueError(f"spec '{text}': '{word}' does not go with the rest")
     return s
 
 
@@ -142,8 +143,8 @@ def noise_key(*numbers):
 
 
 def stream(key, n):
-    """The n-th of the keys that one makes, int32 (): a Linear has 0 for w, 1 for x, 2 and 3 for
-    g; the optimizer the key itself for w, 1 for m or e, 2 for v."""
+    """The n-th key derived from `key`, int32 (): a Linear has 0 for w, 1 for x, 2 and 3 for g; the
+    optimizer the key itself for w, 1 for m or e, 2 for v."""
     return _mix(_mix(key) + n)
 
 
@@ -174,9 +175,9 @@ class QTensor(NamedTuple):
 def quantize(x, how, key=0, scale=None, packed=True):
     """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp (by a map code(x / s), max|x| / level(Qp));
     asymmetric, q = clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s
-    - Qn), min <= 0 <= max (paper 1). x (..., C) is taken to float32; without `how`, a Spec or its
-    string, it is stored as it is. A `scale` that is given is kept. Unless `packed`, codes below 8
-    bits stay float32. Raises ValueError if blocks or bytes do not divide C."""
+    - Qn), min <= 0 <= max (paper 1). `how` is a Spec or its string; without it x (..., C) is stored
+    as it is, else it is taken to float32. A `scale` that is given is kept. Unless `packed`, codes
+    below 8 bits stay float32. Raises ValueError if blocks or bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -189,10 +190,10 @@ def quantize(x, how, key=0, scale=None, packed=True):
     scale, zero, outer = find_scale(groups, s) if scale is None else (scale, None, None)
     y = groups / full_scale(scale, outer, s)
     c = round_to(y if zero is None else y - zero, s, key)
-    if s.map == 'root4':    # sqrt(v) divides: what is positive must not become zero
+    if s.map == 'root4':    # steps are divided by sqrt(v): a positive v must not become zero
         c = torch.where((c == 0) & (groups > 0), 1.0, c)
     codes = c.reshape(x.shape)
-    if packed or GRIDS[s.grid].bits > 7:    # encoding and decoding would take most of the time
+    if packed or GRIDS[s.grid].bits > 7:    # to pack and unpack would take most of the time
         codes = encode(codes, s)
     return QTensor(codes, scale, zero, outer, s)
 
@@ -203,14 +204,14 @@ def dequantize(q, dtype=torch.float32):
     if s is None or s.grid == 'bf16':
         return q.codes.to(dtype)
     if s.grid == 'rank1':
-        # v_ij = row_i col_j / mean; one mean for each row, so that the kernel of the rows finds it
+        # v_ij = row_i col_j / mean; the mean is repeated by row, to be fused into the rows' kernel
         mean = q.scale.expand(*q.codes.shape[:-1], -1).mean(-1, keepdim=True)
         return (q.codes / mean.clamp(min=TINY) * q.scale).to(dtype)
     y = levels(q)
     x = grouped(y, s) if q.zero is None else grouped(y, s) + q.zero
     x = x * full_scale(q.scale, q.outer, s)
     x = rotate(x.view(y.shape)) if s.rotation else x
-    return x.to(dtype).view(y.shape)    # the cast first: else inductor divides to find a block
+    return x.to(dtype).view(y.shape)    # cast first: else inductor finds each block by a division
 
 
 def fake_quant(x, how, key=0):
@@ -223,8 +224,8 @@ def fake_quant(x, how, key=0):
 def rotate(x):
     """x H along the last axis, float32: H the orthogonal Hadamard matrix, which spreads outliers,
     in blocks of the highest power of two n <= 128 that divides the axis. H_ij is (-1)^k / sqrt(n),
-    where i and j share k bits; (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in pre-training,
-    QuEST, 2502.05003). The matmul runs in x's dtype."""
+    k the number of bits that i and j share; (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in
+    pre-training, QuEST, 2502.05003). The matmul runs in x's dtype."""
     n = math.gcd(x.shape[-1], 128)
     i = torch.arange(n, device=x.device)
     signs = 1 - 2 * (sum((i[:, None] & i) >> bit for bit in range(7)) & 1)          # (n, n)
@@ -263,9 +264,9 @@ def find_scale(x, s, weight=1.0):
     top = 4 if s.format == 'mxfp4' else top                         # fp4's largest power of two
     scale = (size / top).clamp(min=TINY)
     if s.format == 'mxfp8':
-        # up: one that is rounded down clips, which costs more than the finer steps give
+        # up: rounded down it would clip, which costs more than finer steps gain
         scale = scale * (2 - 2 ** -23)
-    # the byte of its exponent, so rounded down, is e8m0: torch 2.13 does not compile that on a CPU
+    # its exponent byte, which rounds it down, is e8m0, a dtype that torch cannot compile on a CPU
     return (scale.view(torch.int32) >> 23).to(torch.uint8) if s.format else scale, None, None
 
 
@@ -277,7 +278,7 @@ def full_scale(scale, outer, s):
 
 
 def least_error(x, size, s, weight):
-    """The one of .3, .4 .. 1 times size = max|x| with the least sum weight (x - x^)^2 a group."""
+    """size = max|x| times that of .3, .4 .. 1 which makes sum weight (x - x^)^2 least, by group."""
     s, best, least = replace(s, rounding='nearest'), size, torch.full_like(size, math.inf)
     for fraction in (1, .3, .4, .5, .6, .7, .8, .9):                # a tie goes to the first
         step = (fraction * size / s.top).clamp(min=TINY)
@@ -293,7 +294,7 @@ def round_to(y, s, key):
     grid = GRIDS[s.grid]
     u = uniform(y, key) if s.rounding == 'stochastic' else None
     if grid.float:
-        # y's exponent bits alone are the power of two below it; up to the next, spacing is equal
+        # y's exponent bits alone are a power of two; from it to the next, floats are spaced alike
         mantissa, exponent = grid.float
         power = (y.view(torch.int32) & 0x7F800000).view(torch.float32)
         spacing = power.clamp(2.0 ** exponent, grid.high) * 2.0 ** -mantissa
@@ -318,7 +319,7 @@ def encode(c, s):
         raise ValueError(f'{8 // math.gcd(bits, 8)} codes of {s.grid}, which fill bytes, do not '
                          f'divide a last axis of {c.shape[-1]}; choose another grid or size')
     if grid.float:
-        # exponent and mantissa are bits of float32, whose least exponent is -126; a nan's are cut
+        # exponent and mantissa are bits of float32, whose least exponent is -126; a nan has more
         mantissa, exponent = grid.float
         i = (c.abs() * 2.0 ** (-126 - exponent)).view(torch.int32) >> (23 - mantissa)
         i = (i + (c < 0) * 2 ** (bits - 1)) & (2 ** bits - 1)
@@ -343,9 +344,9 @@ def levels(q):
 
 
 def regroup(x, a, b):
-    """The bits of numbers of a bits (..., C) as numbers of b bits (..., C a / b). Those of n / a
-    numbers, C a / n apart, low bits first, are one of n bits, which is cut into n / b: of eight
-    codes of 2 bits, byte 0 has codes 0, 2, 4 and 6, byte 1 the others."""
+    """The bits of numbers of a bits (..., C) as numbers of b bits (..., C a / b). n / a of them,
+    C a / n apart, low bits first, are joined to one of n = lcm(a, b), which is cut into n / b: of
+    eight codes of 2 bits, byte 0 has codes 0, 2, 4 and 6, byte 1 the others."""
     n = math.lcm(a, b)
     digits = torch.arange(n, dtype=torch.int32 if n < 32 else torch.int64, device=x.device)
     whole = (x.unflatten(-1, (n // a, -1)) << digits[::a, None]).sum(-2, dtype=digits.dtype)
@@ -442,7 +443,7 @@ def straight_through(g, q, how=None, key=None):
 
 def fold(g, q, how, key):
     """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): column k of g is multiplied by scale k, so
-    that only Q errs: more in dw, where some tokens of x are far larger than others."""
+    that only Q errs: more in dw, where scales of x differ more, from token to token."""
     if not together(q.spec, how.gradients) or how.gradients.group != 'row' or q.spec.rotation:
         raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), gradients "
                          'and activations symmetric integers or fp8, not rotated, a scale per row')
@@ -557,8 +558,9 @@ class Linear(nn.Module):
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # groups of zeros may move: they get the mean scale, or, if none is alive, of in^-1/2
-            alive = ~(q.scale <= TINY)                              # nan stays nan
+            # codes of a group of zeros may move: it gets the mean scale of the others, or, if all
+            # are zero, one whose highest level is in^-1/2; a nan is no zero
+            alive = ~((q.scale <= TINY) & (grouped(levels(q), s) == 0).all(s.axis, keepdim=True))
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
             self.scale = torch.where(alive, q.scale, usual)
@@ -566,7 +568,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand(self.weight.shape))
 
     def _apply(self, fn, recurse=True):
-        # moved, but not cast: codes and scales are what they are, and the ghost has four bytes
+        # codes and scales are moved, but never cast, and the ghost keeps its four bytes
         kept = self.codes, self.scale
         super()._apply(fn, recurse)
         if self.stored:
@@ -581,7 +583,7 @@ class Linear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if self.stored:
+        if self.stored and prefix + 'weight' in missing:
             missing.remove(prefix + 'weight')
 
 
@@ -607,7 +609,8 @@ class KVCache:
 
     def append(self, k, v):
         """Store k, v (B, nh, T, hs) of new tokens; return all so far, dequantized."""
-        new = quantize(torch.stack((k, v)), self.how)
+        kv = torch.stack((k, v))
+        new = quantize(kv.float() if self.how else kv, self.how)        # as `Attention` in training
         if self.kv:
             new = QTensor(*(t if t is None else torch.cat((kept, t), 3)
                             for kept, t in zip(self.kv[:4], new)), new.spec)
@@ -632,7 +635,7 @@ def in_memory(x):
 
 
 def inductor(options, on_gpu=True):
-    """The options that torch knows, none without a GPU; for MATMULS, torch itself is changed."""
+    """Those of the options that this torch knows; none without a GPU. MATMULS change torch, too."""
     if options is MATMULS and on_gpu:
         with suppress(ImportError, AttributeError):     # private, but nothing else does it
             from torch._inductor import lowering, select_algorithm
@@ -652,13 +655,13 @@ def inductor(options, on_gpu=True):
 #     v <- beta2 v + (1 - beta2) g^2      vhat = v / (1 - beta2^t)
 #
 #     adamw_step     w <- Q((1 - decay) w - lr mhat / sqrt(vhat))     Q rounds w as it is stored
-#     muon_step      w <- (1 - decay) w - lr c U V^T      U S V^T = about m; floats only
+#     muon_step      w <- (1 - decay) w - lr c U V^T      U S V^T: m one step ahead; floats only
 #     direct_step    e <- e + lr Qp g / sqrt(vhat)        of codes q, w = s q, with e in place of m
 #                    q <- clip(q - trunc(e), Qn, Qp)      e keeps the rest
 #     scale_step     log s <- log s - lr mhat / sqrt(vhat)      by dL/dlog s; codes stay
 #
-# Where Q rounds stochastically to a few bits, or codes move, no float copy of w is left: direct
-# training (paper 2).
+# Where the only w has few bits, and Q rounds stochastically or codes move, that is direct training
+# (paper 2).
 
 # the numbers of a step, 0-d tensors, so that new ones need no compiling. decay is lr weight_decay,
 # bias1 and bias2 are 1 - beta^t; g is multiplied by clip
@@ -666,7 +669,7 @@ Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps clip')
 
 
 def second_moment(g, v, h, key):
-    """(sqrt(vhat) + eps, v to store) once v has taken in g; only of rank1 is vhat rounded."""
+    """(sqrt(vhat) + eps, v to store) once v has taken in g; only rank1 steps by what is stored."""
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
         # the means of the rows of the old v are v.codes, those of its columns v.scale
@@ -711,7 +714,7 @@ def direct_step(w, g, e, v, m_s, v_s, h, h_s, key):
     root, v_new = second_moment(g, v, h, stream(key, 2))
     e_new = dequantize(e) + h.lr * s.top * g / root
     new = (q - e_new.trunc()).clamp(GRIDS[s.grid].low, GRIDS[s.grid].high)
-    e_new = (e_new + new - q).clamp(-1, 1)          # of a code at its end, no more than a level
+    e_new = (e_new + new - q).clamp(-1, 1)      # at an end of the grid, no more than a level
     w.codes.copy_(encode(new, s))
     put(e, quantize(e_new, e.spec, stream(key, 1)))
     put(v, v_new)
@@ -759,7 +762,7 @@ def put(old, new):
 class Optimizer:
     """Steps every parameter: codes with scales by direct_step if code_lr > 0, by scale_step if
     optimizer = 'scales'; floats of a Linear by muon_step if it is 'muon', and all else by
-    adamw_step. adam_m and adam_v are of block linears. The model is asked for its weights at every
+    adamw_step. adam_m and adam_v are for block linears. The model is asked for its weights at every
     step. With `shard`, a process holds and steps its share of the states: ZeRO-1, 1910.02054."""
 
     def __init__(self, model, config, compiled=False):
@@ -807,8 +810,8 @@ class Optimizer:
                 'matrix': (others, c.weight_decay), 'vector': (others, 0.0)}
 
     def look(self):
-        """{name: (kind, parameter, weight as it is stored)}, of what the model holds now; but what
-        has a rate of zero has no step and no state."""
+        """{name: (kind, parameter, weight as it is stored)}, of what the model holds now. What has
+        a rate of zero has no step and no state."""
         weights, layers, c, rates = {}, linears(self.model), self.config, self.base_rates()
         for name, p in self.model.named_parameters():
             if name in layers:
@@ -901,7 +904,7 @@ class Optimizer:
         return {'t': self.t, 'state': state}
 
     def load_state_dict(self, state):
-        """Copy a state in. Raises ValueError if it is of another model or stored otherwise."""
+        """Copy a state in. Raises ValueError if its shapes or dtypes are not those here."""
         mine = [(name, t) for name, ts in self.tensors().items() for t in ts]
         saved = [(name, self.mine(name, t)) for name, ts in state['state'].items() for t in ts]
         if [(n, t.shape, t.dtype) for n, t in mine] != [(n, t.shape, t.dtype) for n, t in saved]:
@@ -929,8 +932,8 @@ def gptq(W, H, how, damping=0.01, act_order=False):
 
         q_i = clip(round(W_i / s), Qn, Qp),  e = (W_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
-    for columns i, in order or by descending H_ii (act_order): what rounding a column does to the
-    output, those after it make up for. H = 2 mean x x^T over tokens x, (in, in) float32; U is the
+    for columns i, in order or by descending H_ii (act_order): later columns make up for what the
+    rounding of one does to the output. H = 2 mean x x^T over tokens x, (in, in) float32; U is the
     upper Cholesky factor, U^T U = (H + d I)^-1, d = damping times the mean of H_ii > 0. Where H_ii
     is 0 it counts as 1, and the column is just rounded (Frantar et al., arXiv 2210.17323). Raises
     ValueError where H is not positive definite."""
@@ -966,7 +969,7 @@ def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
     """GPTQ of all block linears, while all tokens idx (B, T) go through the model at once: what
     comes to a layer has gone through those before it, quantized."""
     if not len(idx) or not storable(how) or storable(how).grid == 'bf16':
-        raise ValueError('GPTQ needs data, give it sequences, and a grid with scales, not bf16')
+        raise ValueError('GPTQ needs data: give sequences; and a grid with scales: not bf16')
     layers = {name: layer for name, layer in linears(model).items() if not layer.keep}
     for name, layer in layers.items():
         if layer.stored or layer.how.weights:

@@ -139,7 +139,7 @@ def dry_run(config):
             # 1024 tokens of vocabulary: what divides the usual sizes divides it
             model = GPT(config if config.keep else replace(config, n_layer=1), 1024)
             if config.keep and len({m.keep for m in linears(model).values()}) < 2:
-                raise ValueError(f"keep = '{config.keep}' is in the name of no layer, or of all")
+                raise ValueError(f"keep = '{config.keep}' matches no layer (h.0.mlp.c_fc) or all")
             rtn_(model, config.stored)
             idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long)
             loss = model(idx, idx)

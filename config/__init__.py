@@ -314,7 +314,7 @@ def check(c, given):
     except re.error as e:
         fail(f"keep = '{c.keep}' is no regular expression: {e}")
     for wrong, why in (
-        (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of learning_rate'),
+        (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of each rate: at most 1'),
         (not c.beta2, 'beta2 = 0: v is 0 wherever the gradient is 0, and the step explodes'),
         (not (c.eps and c.rope_theta), 'eps and rope_theta must be greater than 0'),
         (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
@@ -332,8 +332,9 @@ def check(c, given):
          'numbers: ternary or int2 .. int8'),
         (stored and stored.rounding == 'stochastic' and c.code_lr, 'with a code_lr nothing rounds '
          'stored weights: no stochastic in stored'),
-        (c.code_lr and m and (m.scale != 'absmax' or m.format.endswith('fp4')), 'adam_m must hold '
-         'the whole level that moves a code: with a code_lr, no absmean, mse or fp4 format in it'),
+        (c.code_lr and m and ({m.scale, m.sign} != {'absmax', 'symmetric'} or
+                              m.format in ('nvfp4', 'mxfp4')), 'adam_m must hold the whole level '
+         'that moves a code: with a code_lr, no absmean, mse, asymmetric or fp4 format in it'),
         (m and not (c.beta1 or c.code_lr or c.optimizer == 'muon'), 'beta1 = 0 leaves no m to '
          'store: no adam_m'),
         (c.ptq and w and (c.ptq, w) != ('rtn', stored), 'ptq quantizes weights once: --ptq=rtn '

@@ -1,6 +1,6 @@
 # direct ternary training (paper 2, 2412.04787, but a code moves once its gradients have added up
-# to a level, and scales learn): packed ternary codes are the only weights there are. adam_m has
-# those sums; a step adds about ten of their 127 levels, and less than one at the end, so it
+# to a level, and scales learn): packed ternary codes are the only weights there are. adam_m
+# holds those sums; a step adds about ten of their 127 levels, and less than one at the end, so it
 # rounds stochastically
 stored = 'ternary/row/absmean'
 activations = 'int8/row'
