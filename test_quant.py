@@ -706,7 +706,7 @@ def test_gptq_goes_through_the_model_layer_by_layer(flavour):
         oracle = gptq(layer.weight, 2 / len(x) * (x.T @ x), 'int3/row')
         assert all(map(torch.equal, linears(model)[name].stored_weight()[:2], oracle[:2]))
         layer.store_('int3/row', oracle)
-    rtn_(some := gpt(keep='h.0|mlp.c_proj', gradients='int4/row'), 'int3/row')
+    rtn_(some := gpt(keep='h.0|mlp.c_proj$', gradients='int4/row'), 'int3/row')
     low = [(bool(m.stored), m.how != How()) for m in linears(some).values()]
     assert low == [(False, False)] * 4 + [(True, True)] * 3 + [(False, False)]
     for bad, data, says in ((model, idx, 'quantized already'), (gpt(), idx[:0], 'needs data'),
