@@ -364,8 +364,8 @@ def test_quantized_after_training_and_looked_at(tiny, capsys):
     assert base['distance'] == 0 and two['line'][0] == pytest.approx(base['line'][4])
     assert {r['args'][0].rpartition('/')[2] for r in results if 'from GPTQ' in r['name']} == \
         {'floats.pt'}
-    said = (tiny / 'ptq.md').read_text()
-    assert (tiny / 'ptq.png').exists() and all(f'| P{i}: ' in said for i in range(9))
+    said = (tiny / 'ptq-small.md').read_text()
+    assert (tiny / 'ptq-small.png').exists() and all(f'| P{i}: ' in said for i in range(9))
     ptq.main(options)                                                   # nothing is left to train
     assert len(runs.read(tiny / 'ptq.jsonl')) == len(results)
 
