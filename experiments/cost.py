@@ -19,8 +19,8 @@ from experiments.runs import RESULTS, ROOT
 from quant import bytes_held
 
 STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': ['--dtype=bfloat16'],
-              'w8a8 + adam8': ['config/w8a8.py', 'config/adam8.py'],
-              'ternary': ['config/ternary.py']}
+              'w8a8 + adam8': ['config/w8a8.py', 'config/adam8.py', '--dtype=bfloat16'],
+              'ternary': ['config/ternary.py', '--dtype=bfloat16']}
 WIDTHS, CONTEXTS = (128, 256, 512, 1024), (128, 512, 2048)
 
 

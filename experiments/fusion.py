@@ -21,8 +21,8 @@ good fusion can beat by a few percent. Which matmul wins is no measurement but l
 for int8, cuBLAS for all else. Launches of a step are the kernels of all updates of the 12 layers
 and what runs outside of them; copies go from host to device.
 
-Needs torch 2.13 for the CPU, triton and g++. Prints a table; all of it is in
-experiments/results/fusion.json.
+Needs torch 2.13 for the CPU, triton and g++. Prints a table; with --ptx, --numerics and nothing
+else it writes all of it to experiments/results/fusion.json.
 """
 import argparse
 import ast

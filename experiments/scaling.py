@@ -161,6 +161,12 @@ def fit(full, points, noise):
     c, clear = fit_base(full), [p for p in points if p['delta'] > 4 * noise]
     if c:
         (a, said), (b, more) = (fit_form(form, clear, c) for form in 'AB')
+        for name in PRECISIONS:     # to leave out small deltas makes a cheap precision look dear
+            N, delta = arrays([p for p in points if p['of'] == name], 'N', 'delta')
+            if len(N):
+                x = N ** -c['alpha']
+                k = x @ delta / (x @ x)         # least squares of delta = k N^-alpha
+                said[f'f of {name}, of all runs'] = (1 + k / c['A']) ** (-1 / c['alpha'])
         return {'base': c, 'A': a, 'B': b, 'said': c | said | more}
 
 

@@ -834,6 +834,13 @@ def test_the_page_has_the_scores_and_claims_of_the_laws():
     readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
     a, b = (round(float(cell.split(' %')[0])) for cell in score[0][2:4])
     assert re.search(rf'error of {b} %, the form of \[Kumar et al.\]\(.*?\) {a} %', readme)
+    page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
+    found = json.loads((runs.RESULTS / 'scaling-fit.json').read_text(encoding='utf-8'))
+    for more, says in ('', 'are worth {} N of full precision ({} to {})'), (
+            ', of all runs', 'all its 25 runs gives {} ({} to {})'):
+        name = f'f of direct ternary{more}'
+        numbers = [found['said'][name], *found['interval'][name]]
+        assert says.format(*(f'{x:.2f}'.lstrip('0') for x in numbers)) in page
 
 
 def test_the_page_has_the_memory_that_was_counted_and_measured():
