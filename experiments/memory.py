@@ -1,11 +1,11 @@
 """
 Loss against the memory of training, at equal tokens: python -m experiments.memory
 
-For 2, 4 and 8 MB of weights, optimizer states and the largest gradient (update_in_backward: each is
-used at once), the widest model of each recipe, trained on the same tokens, none twice. The gradient
-of embedding and head comes with the loss, and waits beside the others: what is held with it is in
-the table and in the figure. Writes results/memory.jsonl, one line a run, .md and .png. 34 runs:
-about three hours on two cores; finished ones are skipped.
+For 2.25, 4.5 and 9 MB of weights, optimizer states and gradients, the widest model of each recipe,
+trained on the same tokens, none twice. With update_in_backward two gradients are held: the largest
+of the blocks, and that of embedding and head, which comes with the loss and waits to the end.
+Writes results/memory.jsonl, one line a run, .md and .png. 34 runs: about three hours on two cores;
+finished ones are skipped.
 """
 import statistics
 from dataclasses import replace
@@ -28,7 +28,7 @@ RECIPES = {
         ('stored=bf16/stochastic weight_decay=0 beta1=0. adam_v=rank1', 1),
     'direct int4': ('config/direct4.py beta1=0.', 0.5),
     'direct ternary': ('config/ternary.py beta1=0.', 0.5)}
-MEGABYTES, STEPS = (2, 4, 8), 2400
+MEGABYTES, STEPS = (2.25, 4.5, 9), 2400
 
 
 def model_of(args):
@@ -48,15 +48,13 @@ def args_of(recipe, width):
 
 
 def megabytes(args):
-    """(by which a width is chosen, held): weights, states and the largest gradient; and the same
-    with the gradient of embedding and head beside the largest of the others."""
+    """Of weights, states, the largest gradient, and beside it that of embedding and head."""
     config, model = model_of(args)
     rtn_(model, config.stored)
     size = bytes_held(model, Optimizer(model, config))
-    head, others = model.lm_head.weight, {*model.parameters()} - {model.lm_head.weight}
-    most = max(p.numel() for p in others)
-    return tuple((size['weights'] + size['optimizer'] + 4 * gradients) / 1e6
-                 for gradients in (max(head.numel(), most), head.numel() + most))
+    head = model.lm_head.weight
+    most = max(p.numel() for p in model.parameters() if p is not head)
+    return (size['weights'] + size['optimizer'] + 4 * (head.numel() + most)) / 1e6
 
 
 def jobs(seeds, most=MEGABYTES):
@@ -65,7 +63,7 @@ def jobs(seeds, most=MEGABYTES):
     for recipe in RECIPES:
         sizes, width = {}, 64
         while not sizes or max(sizes.values()) <= max(most):
-            sizes[width], _ = megabytes(args_of(recipe, width))
+            sizes[width] = megabytes(args_of(recipe, width))
             width += 32
         for budget in most:
             fit = [width for width, size in sizes.items() if size <= budget]
@@ -98,14 +96,14 @@ def main(options):
     stem, todo = RESULTS / 'memory', jobs(options.seeds)
     results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
     points, lines = {}, ['# Loss against the memory of training', '',
-                         '| recipe | MB | held | parameters | tokens a parameter | val loss |',
+                         '| recipe | MB at most | held | parameters | tokens a parameter | val loss |',
                          '|---|---|---|---|---|---|']
     for recipe in RECIPES:
         for most in MEGABYTES:
             found = [*losses(results, name := f'{recipe}, {most} MB').values()]
             if found:
                 args = next(job.args for job in todo if job.name == name)
-                (_, model), (_, held) = model_of(args), megabytes(args)
+                (_, model), held = model_of(args), megabytes(args)
                 n, tokens = sum(p.numel() for p in model.parameters()), STEPS * 2048
                 points.setdefault(recipe, []).append((held, 6 * n * tokens, found))
                 lines.append(f'| {recipe} | {most} | {held:.2f} | {n / 1e6:.2f}M | '

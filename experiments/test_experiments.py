@@ -651,12 +651,12 @@ def test_rows_of_another_precision_are_not_thrown_away(tmp_path):
 
 
 def test_rows_of_memory_and_bits_are_runs():
-    found = memory.jobs([11], most=(2, 4))
-    assert len(found) == 11 and len(bits.jobs([11, 12, 13])) == 45          # one does not fit in 2
+    found = memory.jobs([11], most=(2.25, 4.5))
+    assert len(found) == 11 and len(bits.jobs([11, 12, 13])) == 45       # one does not fit in 2.25
     for job in (*found[::4], *bits.jobs([11])[::6]):
         train.parse(runs.plain(job.args))
     wide = {job.name: runs.keys(job.args)['n_embd'] for job in found}
-    assert wide['direct ternary, 4 MB'] > wide['direct ternary, 2 MB'] == 96
+    assert wide['direct ternary, 4.5 MB'] > wide['direct ternary, 2.25 MB'] == 96
     sizes = [memory.megabytes(memory.args_of(name, 64)) for name in memory.RECIPES]
     assert sizes == sorted(sizes, reverse=True)         # in the order of the table
 
@@ -791,7 +791,7 @@ def test_the_page_has_the_table_of_bits():
 
 def test_the_pages_say_what_was_measured_of_memory():
     """Losses by seed; and direct ternary is below all but int4, as README says."""
-    results, found = runs.read(runs.RESULTS / 'memory.jsonl'), {}
+    results, found = runs.results_of(runs.RESULTS / 'memory.jsonl', memory.jobs((11, 12))), {}
     for recipe, *cells in tables('The best use of some memory')[0]:
         for most, cell in zip(memory.MEGABYTES, cells, strict=True):
             losses = found[recipe, most] = runs.losses(results, f'{recipe}, {most} MB').values()
