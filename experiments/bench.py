@@ -6,7 +6,8 @@ How fast it is, beside its peers and the limits of the machine: python -m experi
     --rows=WORD       only rows with WORD in their name (this and --quick write files of their own)
     --minutes=N       start no further comparison after so many minutes
 
-Prints a table and writes experiments/results/bench-<machine>.json. All sides of a comparison take
+Prints a table and writes experiments/results/bench-<machine>.json, or, until it is through all
+rows, bench-part-<machine>.json. All sides of a comparison take
 turns in one process; a ratio is of medians, the other side's time over ours, so more is better; of
 bytes and counts ours over the other's, so less is better. The limit is what the bytes or FLOPs of
 our side take at the rates measured on this machine, and in brackets the ratio this would give.
@@ -69,7 +70,7 @@ def seconds(f, n=1):
 
 
 def take_turns(sides):
-    """Samples of each side, in seconds a call, in the order ABC CBA ABC ..: drift hits all alike.
+    """Samples of each side, in seconds a call, in the order CBA ABC CBA ..: drift hits all alike.
     A sample is as many calls as take 10 ms; a loaded machine has quieter moments to wait for."""
     samples = {name: [] for name in sides}
     calls = {name: math.ceil(0.01 / max(1e-5, seconds(f))) for name, f in sides.items()}
@@ -508,8 +509,8 @@ def header():
 
 def write(kind, content):
     """Write JSON to the results; the name of the file says on which machine."""
-    name = re.sub('[^a-z0-9]+', '-', (content['gpu'] or content['machine']).lower())
-    path = RESULTS / f'{kind}-{name}.json'
+    name = re.sub('[^a-z0-9]+', '-', f"{kind} {content['gpu'] or content['machine']}".lower())
+    path = RESULTS / f'{name}.json'
     path.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
     return path
 
@@ -528,17 +529,6 @@ def line(r):
     return f'| {" | ".join(cells)} |'
 
 
-def reason(row, device, late):
-    """Why a row does not run now, or ''."""
-    if device == 'cuda' and not CUDA:
-        return 'needs a GPU'
-    if device == 'cpu' and CUDA:
-        return 'for machines without a GPU'
-    if late:
-        return f'{options.minutes:g} minutes are over'
-    return ''
-
-
 def bench():
     names = [row[0] for _, _, rows in TABLE for row in rows]
     if not any(options.rows in name for name in names):
@@ -547,18 +537,22 @@ def bench():
     print({name: f'{rate / 1e9:.4g} G/s' for name, rate in rates().items()}, file=sys.stderr)
     print('| row | ours | other | ratio | bar | stretch | limit | verdict |\n|' + '---|' * 8)
     for comparison, device, rows in TABLE:
+        rows = [row for row in rows if options.rows in row[0]]
         late = time.time() - began > 60 * options.minutes
-        rows = {row: reason(row, device, late) for row in rows if options.rows in row[0]}
-        run = [row for row, skip in rows.items() if not skip]
-        new = compare(comparison, run) if run else []
-        new += [empty(row, f'skipped: {skip}') for row, skip in rows.items() if skip]
+        skip = ('needs a GPU' if device == 'cuda' and not CUDA else
+                'for machines without a GPU' if device == 'cpu' and CUDA else
+                f'{options.minutes:g} minutes are over' if late else '')
+        new = [empty(row, f'skipped: {skip}') for row in rows] if skip or not rows else \
+            compare(comparison, rows)
         for result in new:
             print(line(result), flush=True)
         results += new
-        part = '-quick' * options.quick + '-rows' * bool(options.rows)
-        path = write('bench' + part,
+        kind = ' quick' * options.quick + f' rows {options.rows}' * bool(options.rows)
+        path = write(f'bench part{kind}',
                      {**head, 'seconds': round(time.time() - began), 'rows': results})
         free()
+    if not late:
+        path = path.replace(path.with_name(path.name.replace('-part', '')))
     print(f'{path}: {time.time() - began:.0f} s', file=sys.stderr)
 
 
@@ -571,6 +565,8 @@ if __name__ == '__main__':
     parser.add_argument('--minutes', metavar='N', type=float)
     parser.parse_args(namespace=options)
     options.nanogpt = options.nanogpt and os.path.abspath(options.nanogpt)
+    if options.nanogpt and not os.path.isfile(options.nanogpt):
+        parser.error(f'there is no {options.nanogpt}')
     os.chdir(ROOT)                                      # where config/ is
     torch._dynamo.config.recompile_limit = 64           # several models in one process
     bench()

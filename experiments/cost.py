@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from experiments.bench import CUDA, free, header, our_step, take_turns, write
-from experiments.runs import RESULTS, ROOT
+from experiments.runs import ROOT
 from quant import bytes_held
 
 STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': ['--dtype=bfloat16'],
@@ -47,10 +47,9 @@ def measure():
     return write('cost', {**head, 'tokens': tokens, 'points': points})
 
 
-def plot(path):
-    """Draw a file of points to cost.png beside it."""
+def plot(path, data):
+    """Draw the points of a file to cost.png beside it."""
     from experiments.figures import METHODS, pyplot
-    data = json.loads(path.read_text(encoding='utf-8'))
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for panel, axis, label in zip(panels, ('width', 'context'),
                                   ('width (context 256)', 'context in tokens (width 256)')):
@@ -71,7 +70,7 @@ def plot(path):
                   title='bytes per weight of the blocks: weights + optimizer states')
     figure.suptitle(f'Time a token: {data["gpu"] or data["machine"]}, torch '
                     f'{data["versions"]["torch"]}, {data["date"]}')
-    figure.savefig(RESULTS / 'cost.png')
+    figure.savefig(path.with_name('cost.png'))
 
 
 if __name__ == '__main__':
@@ -79,8 +78,11 @@ if __name__ == '__main__':
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--plot', metavar='FILE', type=Path)
     file = parser.parse_args().plot
-    if file and not file.exists():
-        parser.error(f'there is no {file}')
-    os.chdir(ROOT)                                      # where config/ is
-    torch._dynamo.config.recompile_limit = 64           # several models in one process
-    plot(file or measure())
+    if not file:
+        os.chdir(ROOT)                                  # where config/ is
+        torch._dynamo.config.recompile_limit = 64       # several models in one process
+        file = measure()
+    try:
+        plot(file, json.loads(file.read_text(encoding='utf-8')))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        parser.error(f'cannot draw {file}, which should be a result of this program: {e!r}')

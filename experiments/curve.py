@@ -22,6 +22,8 @@ def read(path):
     {tensor: {layer: dB}})."""
     with open(path, encoding='utf-8') as f:
         head, *log = (json.loads(line) for line in f if line.endswith('\n'))   # a whole line
+    if 'config' not in head:
+        raise ValueError('its first line has no config')
     curves, last, ratios = {'train_loss': [], 'val_loss': []}, None, {}
     for line in log:
         last, ratios = line.get('val_loss', last), {} if 'health' in line else ratios
@@ -90,7 +92,7 @@ def draw(runs, path):
 
 def main(argv):
     out, runs = 'curves.png', []
-    if '--help' in argv:
+    if {'-h', '--help'} & {*argv}:
         return print(__doc__)
     for path in argv:
         if path.startswith('--out='):

@@ -4,10 +4,11 @@ What a run takes of memory, before it runs: python -m experiments.fit CONFIGS an
     python -m experiments.fit config/llama_1b.py config/ternary.py --memory=80
     python -m experiments.fit --check       count some runs, and measure them: results/fit.json
 
-GiB of weights, optimizer states, gradients (with update_in_backward the largest alone), and of
-what waits for the backward, beside the same model in full precision. Nothing is computed: it
-counts the tensors of a model that has shapes and no data. Activations are those of eager code in
-bfloat16 (--dtype=float32: in that), with attention as a GPU does it; compiled code keeps less.
+It prints GiB of weights, optimizer states, gradients (with update_in_backward the largest alone),
+and of what waits for the backward, beside the same model in full precision. Nothing is computed:
+it counts the tensors of a model that has shapes and no data. Activations are those of eager code
+in bfloat16, or with --dtype=float32 in that, with attention as a GPU does it; compiled code keeps
+less.
 Gradients come while activations go, so a peak can be lower than the sum; logits come on top. The
 peaks of eight runs on a CPU were 11 % below the sum to 2 % above it (results/fit.json). With
 --memory, GiB of a device, it says how many sequences at a time would fill it. It is about one
@@ -20,7 +21,7 @@ import json
 import math
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from datetime import date
 from itertools import accumulate
@@ -38,9 +39,6 @@ from quant import Optimizer, rtn_
 
 KINDS = 'weights', 'states', 'gradients', 'activations'
 GIB = 2 ** 30
-# of what is checked: sizes, strategies, and what all of it has
-CHECKED = ('default', 'large'), ('baseline', 'adam8', 'w8a8', 'ternary'), [
-    '--batch_size=8', '--dtype=float32', '--device=cpu', '--compile=no', '--overwrite=True']
 
 
 def size(tensors):
@@ -101,24 +99,25 @@ def peak(config):
 
 def check():
     """Write results/fit.json: what is counted of a run, and the peak that is measured."""
-    rows, (sizes, strategies, base) = [], CHECKED
-    for size in sizes:
-        for strategy in strategies:
-            args = [*SIZES[size], f'config/{strategy}.py', *base]
+    rows = []
+    for name in 'default', 'large':
+        for strategy in 'baseline', 'adam8', 'w8a8', 'ternary':
+            args = [*SIZES[name], f'config/{strategy}.py', '--batch_size=8', '--dtype=float32',
+                    '--device=cpu', '--compile=no', '--overwrite=True']
             config = train.parse(args)
             counted, most = sum(memory(config, vocabulary(config)).values()), peak(config)
             rows.append({'args': args, 'counted': counted, 'peak': most})
-            print(f'{size:8} {strategy:9} counted {counted / GIB:.3f} GiB, peak '
+            print(f'{name:8} {strategy:9} counted {counted / GIB:.3f} GiB, peak '
                   f'{most / GIB:.3f}: {100 * (most / counted - 1):+.1f} %')
     found = {'machine': machine(), 'torch': torch.__version__, 'date': str(date.today())}
     (RESULTS / 'fit.json').write_text(json.dumps({**found, 'rows': rows}, indent=1) + '\n')
 
 
 def gib(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is no number of GiB above 0")
 
 
 def main(argv):
@@ -128,8 +127,10 @@ def main(argv):
     parser.add_argument('--memory', type=gib, metavar='GiB')
     parser.add_argument('--check', action='store_true')
     options, argv = parser.parse_known_args(argv)
-    if options.check:
+    if options.check and not argv and not options.memory:
         return check()
+    if options.check:
+        fail('--check takes nothing else: it counts and measures runs of its own')
     try:
         config = train.parse(argv)
         if config.eval_only or config.ptq:

@@ -5,7 +5,6 @@ What torch.compile makes for a GPU, seen without one: python -m experiments.fusi
     python -m experiments.fusion config/ternary.py          one, of config files and flags
     --ptx                  compile each Triton kernel for sm_90: registers and spills
     --numerics             run graphs in Triton's interpreter, and compare with eager
-    --inductor=A=1,B=True  options of Inductor that are tried
 
 The model and the optimizer are the project's own, compiled by GPT.compile and Optimizer, at the
 shapes of GPT-2 124M: 16 sequences of 1024 tokens, bfloat16. no_gpu.py makes torch believe in a GPU.
@@ -17,7 +16,7 @@ reduction that reads its input twice, in two loops, reads it once, and of extern
 several outputs only what they read is known. "Of Triton" leaves extern calls out, and is what is
 compared. Necessary is, of an update, every input once and every tensor that it writes once; of
 other graphs the same of each connected part between two matmuls, as one kernel, an estimate that
-good fusion can beat by a few percent. Which matmul wins is no measurement but laid down: Triton
+good fusion can beat by a few percent. Which matmul wins is not measured but assumed: Triton
 for int8, cuBLAS for all else. Launches of a step are the kernels of all updates of the 12 layers
 and what runs outside of them; copies go from host to device.
 
@@ -25,7 +24,6 @@ Needs torch 2.13 for the CPU, triton and g++. Prints a table; with --ptx, --nume
 else it writes all of it to experiments/results/fusion.json.
 """
 import argparse
-import ast
 import functools
 import importlib.metadata
 import json
@@ -68,7 +66,7 @@ def traffic(graph):
         try:
             item = buffer.get_dtype().itemsize
             full = hint(torch._inductor.utils.sympy_product(buffer.get_size())) * item
-        except Exception:       # a call with several outputs has no size; each of them has
+        except NotImplementedError:     # a call with several outputs has no size; each of them has
             return
         part = full if isinstance(dep, dependencies.StarDep) else hint(dep.get_numel()) * item
         found[name] = min(full, found.get(name, 0) + part)      # slices add up to the whole
@@ -240,9 +238,9 @@ class Eager(TorchDispatchMode):
         return out
 
 
-def strategy(args, inductor, quick=False):
-    """Compile what a training step of the strategy compiles, and one Linear by itself; what came
-    of it. `inductor`: options that are tried. Quick: that Linear and its update alone."""
+def strategy(args, quick=False):
+    """Compile what a training step of the strategy compiles, and one Linear by itself; returns a
+    dict of what came of it. Quick: that Linear and its update alone."""
     from torch._dynamo.utils import counters        # not before there is a GPU
     from torch._subclasses.fake_tensor import FakeTensorMode
     import quant
@@ -252,7 +250,7 @@ def strategy(args, inductor, quick=False):
     counters.clear()
     graphs.clear()
     config, tokens = parse([*SIZE, *args]), 16384
-    with FakeTensorMode(allow_non_fake_inputs=True), torch._inductor.config.patch(inductor):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device('cuda'):
             gpt = GPT(config, VOCABULARY)
             idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.long)
@@ -348,11 +346,11 @@ def numerics():
     return results
 
 
-def measure(strategies, inductor, quick=False, to_code=False):
+def measure(strategies, quick=False, to_code=False):
     """{name: what came of it}, of {name: arguments for train.py}."""
     found = {}
     for name, args in strategies.items():
-        found[name] = strategy(args, inductor, quick) | {'args': args}
+        found[name] = strategy(args, quick) | {'args': args}
         if to_code:
             found[name]['ptx'] = ptx()
         print(name, 'done', file=sys.stderr, flush=True)
@@ -383,8 +381,7 @@ def bars(found):
             for name, *goals in (('adam8', 1.25, 1.05), ('adam4', 1.5, 1.1), ('ternary', 2, 1.3))]
     rows += [(f'Triton bytes, block {way}, {name} to bf16', (name, 'bf16'),
               lambda a=name, way=f'block {way}': triton(a, way) / triton('bf16', way), *goals)
-             for way, name, *goals in (('forward', 'w8a8', 1, 0.7), ('forward', 'w8a8g8', 1, 0.7),
-                                       ('backward', 'w8a8g8', 1.3, 1))]
+             for way, name, *goals in (('forward', 'w8a8', 1, 0.7), ('backward', 'w8a8g8', 1.3, 1))]
     rows += [
         ('MB, w4a4g4 Linear backward, extern too', ('w4a4g4',),
          lambda: triton('w4a4g4', 'linear backward', 'extern') / 1e6, 1200, 700),
@@ -423,35 +420,27 @@ def table(found):
         yield f'| {" | ".join(map(str, cells))} |'
 
 
-def choices(text):
-    """'A=1,B=True' as a dict."""
-    return {key: ast.literal_eval(value) for key, value in (
-        pair.split('=') for pair in text.split(','))}
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ptx', action='store_true')
     parser.add_argument('--numerics', action='store_true')
-    parser.add_argument('--inductor', default={}, type=choices, metavar='A=1,B=True')
-    parser.add_argument('--json', metavar='FILE', help='if all is as usual: results/fusion.json')
     options, args = parser.parse_known_args()
     if reason := lacking():
         sys.exit(f'error: {reason}')
     from experiments.runs import RESULTS, ROOT, machine
     os.chdir(ROOT)                                      # where config/ is
     strategies = {' '.join(os.path.basename(a).removesuffix('.py') for a in args): args}
-    found = pretending('measure', strategies if args else STRATEGIES, options.inductor, False,
-                       options.ptx)
+    found = pretending('measure', strategies if args else STRATEGIES, False, options.ptx)
     print('\n'.join(table(found)))
-    if not args:
+    rows = [] if args else bars(found)
+    if rows:
         print('\n| bar | value | bar | stretch |\n|---|---|---|---|')
-        for name, value, *goals in bars(found):
+        for name, value, *goals in rows:
             print(f'| {name} | {value:.4g} | {goals[0]} | {goals[1]} |')
     content = {'machine': machine(), 'date': str(date.today()), 'torch': torch.__version__,
-               'triton': importlib.metadata.version('triton'), 'inductor': options.inductor,
-               'strategies': found, 'bars': [] if args else bars(found)}
+               'triton': importlib.metadata.version('triton'), 'strategies': found,
+               'bars': rows}
     if options.numerics:
         content['numerics'] = pretending('numerics', TRITON_INTERPRET='1')
         print('\n| in the interpreter, to eager | codes that differ | of | floats that differ '
@@ -460,11 +449,8 @@ def main():
             cells = [sum(p[i] for p in pairs if p[0] == kind) for kind in ('codes', 'floats')
                      for i in (1, 3)]
             print(f'| {name} | {" | ".join(map(str, cells))} | {max(p[2] for p in pairs):.2g} |')
-    usual = options.ptx and options.numerics and not args and not options.inductor
-    if options.json or usual:           # what is only tried does not replace the results
-        path = options.json or RESULTS / 'fusion.json'
-        with open(path, 'w', encoding='utf-8') as f:
-            f.write(json.dumps(content, indent=1) + '\n')
+    if options.ptx and options.numerics and not args:   # what is only tried replaces no results
+        RESULTS.joinpath('fusion.json').write_text(json.dumps(content, indent=1) + '\n', 'utf-8')
 
 
 if __name__ == '__main__':

@@ -31,9 +31,9 @@ import quant
 import train
 from config import SPECS, fail
 from data.corpus import prepare
+from experiments.runs import ROOT
 from model import GPT
 
-ROOT = Path(__file__).resolve().parents[1]
 FIXED = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--hidden=64', '--block_size=32',
          '--batch_size=2', '--max_iters=4', '--warmup_iters=2', '--eval_interval=100',
          '--eval_tokens=32', '--final_tokens=96', '--log_interval=1']
@@ -171,6 +171,8 @@ def carry_through(argv, folder, rng):
     whole, half = folder / 'whole', folder / 'half'
     first, resume = [*argv, f'--out_dir={whole}'], [f'--out_dir={half}', '--init_from=resume']
     said = call(first, dry_run=DRY_RUN)
+    if said == 'stopped':
+        raise KeyboardInterrupt
     if re.search(' is (nan|inf) ', said):
         return 'not finite'
     if said.startswith('error: '):
@@ -179,12 +181,12 @@ def carry_through(argv, folder, rng):
         return 'refused'
     try:
         stopped, resumed = call([*argv, f'--out_dir={half}'], interrupted), call(resume)
-        saved = (torch.load(run / 'ckpt.pt', weights_only=True) for run in (whole, half))
+        saved = [torch.load(run / 'ckpt.pt', weights_only=True) for run in (whole, half)]
         if stopped != 'stopped' or resumed.startswith('error: ') or not equal(*saved):
             raise Failure(f'{stopped} after two steps and resumed, it is not the same: '
                           f'{resumed.splitlines()[-1]}\n{line(resume)}')
         evaluate(whole / 'ckpt.pt', said)
-        if '--stored=' in ' '.join(argv) or rng.random() < 0.5:
+        if saved[0]['config']['stored'] or rng.random() < 0.5:
             return 'trained'
         how = rng.choice((['--ptq=rtn'], ['--ptq=gptq', f'--act_order={rng.random() < 0.5}']))
         said = call([f'{whole}/ckpt.pt', f'--stored={draw_spec(rng)}', '--weights=', *how, *OWN,
@@ -224,7 +226,8 @@ def main(configs=200, seed=0):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--configs', type=int, default=200)
+    parser.add_argument('--configs', type=int, default=200, choices=range(1, 10 ** 6),
+                        metavar='N')
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
     sys.exit(main(options.configs, options.seed) > 0)

@@ -5,7 +5,7 @@ llama.cpp, by its C interface in the wheel xllamacpp: what convert/ writes is co
 
 exports a checkpoint as GGUF, in codes and as F16, and measures what llama.cpp makes of windows of
 val.bin: divergence from the model here with float activations, bits per byte there and here, and
-tokens of 20 files of its text. It goes to results/llamacpp.json.
+tokens of 20 files of its text. It replaces results/llamacpp.json.
 """
 import ctypes as C
 import importlib.util
@@ -77,8 +77,8 @@ def library():
 class Model:
     """A GGUF file in llama.cpp, keys and values in float32; T tokens at once at most."""
 
-    def __init__(self, path, T, threads=1):
-        self.lib, self.T = library(), T
+    def __init__(self, path, T):
+        self.lib = library()
         self.model = self.lib.llama_model_load_from_file(
             str(path).encode(), self.lib.llama_model_default_params())
         if not self.model:
@@ -87,7 +87,7 @@ class Model:
         options.field[0], options.field[1] = T, max(T, 512)         # n_ctx, n_batch
         options.field[26] = options.field[27] = F32                 # type_k, type_v
         self.context = self.lib.llama_init_from_model(self.model, options)
-        self.lib.llama_set_n_threads(self.context, threads, threads)
+        self.lib.llama_set_n_threads(self.context, 1, 1)
         self.vocab = self.lib.llama_model_get_vocab(self.model)
         self.vocab_size = self.lib.llama_vocab_n_tokens(self.vocab)
         self.batch = self.lib.llama_batch_init(T, 0, 1)
@@ -135,7 +135,7 @@ def rounded(w, kind):
 
 @torch.no_grad()
 def compare(path, windows=64):
-    """What main says that it measures."""
+    """A dict of what the head of this file says."""
     (model, tokenizer), found = read_checkpoint(path), {}
     c, n, enc = model.config, tokenizer['vocab_size'], encoding(tokenizer)
     _, val, meta = read_dataset(folder_of(c.dataset))

@@ -96,7 +96,8 @@ def main(options):
     stem, todo = RESULTS / 'memory', jobs(options.seeds)
     results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
     points, lines = {}, ['# Loss against the memory of training', '',
-                         '| recipe | MB at most | held | parameters | tokens a parameter | val loss |',
+                         '| recipe | MB at most | held | parameters | tokens a parameter '
+                         '| val loss |',
                          '|---|---|---|---|---|---|']
     for recipe in RECIPES:
         for most in MEGABYTES:
