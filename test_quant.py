@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import quant
 import train
-from config import CHOICES, SPECS, load
+from config import CHOICES, SPECS
 from data.corpus import prepare
 from model import GPT, Head, cross_entropy
 from quant import (FORMATS, GRIDS, MAPS, WORDS, How, KVCache, Linear, Optimizer, Spec, bytes_held,
@@ -105,7 +105,7 @@ def test_bad_spec_names_the_word(text, says):
 
 
 def test_noise_is_uniform_and_independent_and_of_index_and_key_alone():
-    """Of two keys, two streams, neighbours. Below 2^-8 each multiple of 2^-31 is equally often."""
+    """So are two keys, two streams, neighbours. Small u are even among multiples of 2^-31."""
     def even(bins, count):      # chi^2 / degrees of freedom, of which 5 deviations are allowed
         found, mean, n = torch.bincount(bins.long(), minlength=count), len(bins) / count, count - 1
         return ((found - mean).double() ** 2).sum() / mean / n < 1 + 5 * math.sqrt(2 / n)
@@ -131,7 +131,7 @@ def test_noise_is_uniform_and_independent_and_of_index_and_key_alone():
 @each('text', CODED)
 def test_nearest_is_the_nearest_level_by_brute_force(text):
     s, all_levels = spec(text), levels_of(spec(text))
-    bend = MAPS[s.map if not MAPS[s.map].nearest else 'linear'].code  # v: by root
+    bend = MAPS[s.map if not MAPS[s.map].nearest else 'linear'].code  # of v the nearest root
     y = normal(max(2, 2 ** 14 // len(all_levels)), 64) * s.top / 2      # some of it is clipped
     y = y.abs() if GRIDS[s.grid].low >= 0 else y
     y[0] = y[0] / s.top                                                 # and some is small
@@ -194,10 +194,11 @@ def test_scales_take_few_bits_as_microscaling_formats_say():
 
 
 def test_symmetric_and_asymmetric_formulas():
-    x, a = normal(8, 32) + 2, (normal(8, 32) + 2).double()              # paper 1, in float64
+    x = normal(8, 32) + torch.tensor([2.5, -2.5] * 4)[:, None]          # some rows have one sign
+    a = x.double()                                                      # paper 1, in float64
     s = a.abs().amax(1, keepdim=True) / 7
     assert close(fake_quant(x, 'int4/row'), (a / s).round().clamp(-8, 7) * s)
-    least, most = a.amin(1, keepdim=True).clamp(max=0), a.amax(1, keepdim=True)
+    least, most = a.amin(1, keepdim=True).clamp(max=0), a.amax(1, keepdim=True).clamp(min=0)
     for text in every(GRIDS, ['asymmetric']):
         _, low, high, *_ = GRIDS[spec(text).grid]
         s = (most - least) / (high - low)
@@ -335,7 +336,8 @@ def ways(w, a, g='', n=40, n_in=64, n_out=48):
                ('int4/row/hadamard/mse', 'int8/row/hadamard')])
 def test_multiplying_codes_is_multiplying_what_they_stand_for(w, a, n, n_in, n_out):
     way, error = ways(w, a, '', n, n_in, n_out)[0], 2 ** -8 if 'fp' in w else 1e-5   # out as bf16
-    assert all(map(close, way(compute='codes'), way(compute='float'), [error] * 3))
+    ours, floats = way(compute='codes'), way(compute='float')
+    assert all(map(close, ours, floats, [error] * 3)) and (n == 1 or not ours[0].equal(floats[0]))
 
 
 def test_integer_matmuls_are_exact_and_fast(monkeypatch):
@@ -360,7 +362,7 @@ def test_the_backward_on_codes(w, a, g):
     for backward in ('fold', 'requantize'):
         both = way(backward=backward, compute='codes'), way(backward=backward), ways(w, a)[0]()
         for ours, oracle, full in zip(*both):
-            assert close(ours, oracle, error) and (oracle - full).norm() < 0.15 * full.norm()
+            assert close(ours, oracle, error) and (oracle - full).norm() < 0.06 * full.norm()
     wq, key = quantize(W, w), stream(torch.zeros((), dtype=torch.int32), 2)
     s, codes = wq.scale.expand(48, 1), dequantize(wq) / wq.scale
     assert close(way(backward='fold')[1], fake_quant(G * s.T, g, key) @ codes)
@@ -386,7 +388,7 @@ def test_all_three_matmuls_in_any_format(how):
     ({'backward': 'exact'}, 'use .*full'), ({'compute': 'int8'}, 'use .*codes'),
     *(({**INT8, **how}, 'about quantized gradients') for how in (
         {'gradients_in': 'dx'}, {'backward': 'fold'}, {'backward': 'requantize'}))])
-def test_ways_that_do_not_go_or_do_nothing(how, says):
+def test_ways_that_do_not_fit_or_do_nothing(how, says):
     with pytest.raises(ValueError, match=says):
         grads(Linear(32, 32, how=How(**how))(x := normal(4, 32).requires_grad_()), x)
 
@@ -405,7 +407,9 @@ def test_stored_codes_are_all_there_is(stored):
     twin.load_state_dict(state)
     assert torch.equal(twin(x), layer(x)) and torch.equal(layer(x), a)
     layer.store_('int4/row')                                            # to other bits
-    assert torch.equal(dequantize(layer.stored_weight()), fake_quant(w, 'int4/row'))
+    assert torch.equal(w4 := dequantize(layer.stored_weight()), fake_quant(w, 'int4/row'))
+    layer.how = How('ternary/row')                                      # and of these, another
+    assert torch.allclose(layer(x), F.linear(x, fake_quant(w4, 'ternary/row')), atol=1e-5)
 
 
 @each('stored', [*(text for text in STORED if text != 'bf16'), 'int4/16', 'ternary/tensor/absmean',
@@ -446,26 +450,27 @@ def pair(stored='', shape=(64, 128), **keys):
 @each('beta1', [0.9, 0.0])
 def test_adamw_is_torch_adamw(beta1):
     """Without momentum no m is held."""
-    layer, optimizer, step = pair(learning_rate=1e-2, beta1=beta1, beta2=0.99, weight_decay=0.1)
+    layer, adam, step = pair(learning_rate=1e-2, beta1=beta1, beta2=0.99, weight_decay=0.1, eps=0.1)
     p = torch.nn.Parameter(layer.weight.detach().clone())
-    reference = torch.optim.AdamW([p], lr=1e-2, betas=(beta1, 0.99), eps=1e-8, weight_decay=0.1)
+    reference = torch.optim.AdamW([p], lr=1e-2, betas=(beta1, 0.99), eps=0.1, weight_decay=0.1)
     for i in range(20):
         p.grad = 0.5 * normal(64, 128, seed=i)
         step(2 * p.grad, clip=0.5)
         reference.step()
     assert torch.allclose(layer.weight, p, atol=1e-6)
-    assert len(state_of(optimizer)) == 1 + (beta1 > 0)
+    assert len(state_of(adam)) == 1 + (beta1 > 0)
 
 
 @each('m, v, sigma, error', [
     ('int8/128/sqrt', 'uint8/128/root4', 1, .05), ('nvfp4', '', 1, .6), ('mxfp8', '', 1, .1),
-    ('int4/128/sqrt', 'uint4/128/root4', 1, .6), ('bf16/stochastic', 'bf16/stochastic', 1, .02),
-    ('', 'uint8/128/root4', 2, .3), ('', 'uint8/128', 2, None)])    # paper 1, and its cause: v is 0
+    ('int4/128/sqrt', 'uint4/128/root4', 1, .6), ('bf16/stochastic', 'bf16/stochastic', 1, .01),
+    ('', 'uint8/128/root4', 2, .2), ('', 'uint8/128', 2, None)])    # paper 1, and its cause: v is 0
 def test_quantized_states_stay_close_but_linear_v_explodes(m, v, sigma, error):
     size = (sigma * normal(64, 128, seed=99)).exp()                 # of gradients in a block
     (_, _, a), (_, _, b) = pair(learning_rate=1e-2), pair(learning_rate=1e-2, adam_m=m, adam_v=v)
     for i in range(20):
         full, ours = (step(normal(64, 128, seed=i) * size) for step in (a, b))
+        assert i or ours.equal(full)            # what is rounded is kept, and steps from then on
     share = (ours - full).norm() / (full - normal(64, 128) * 0.02).norm()
     assert share < error if error else share > 10
 
@@ -483,7 +488,7 @@ def test_m_and_v_have_noise_of_their_own():
 
 @each('m, keys', [*((m, {'adam_v': 'rank1'}) for m in [*every(GRIDS, ['', 'row']), *FORMATS]),
                   ('', {'optimizer': 'muon'})])
-def test_a_thousand_steps_without_gradients_leave_numbers(m, keys):
+def test_many_steps_without_gradients_stay_finite(m, keys):
     _, optimizer, step = pair(adam_m=m, shape=(16, 32), **keys)
     for i in range(1000 if 'fp' in m or not m else 100):
         w = step(normal(16, 32, seed=i).relu() * (i < 3))               # of some never any
@@ -549,21 +554,26 @@ def test_noise_moves_a_code_once_in_1_over_lr_squared_steps(mean, lr, e, rate):
 
 @each('kind', ['adamw', 'muon'])
 def test_embeddings_and_norms_have_adamw_and_a_rate_of_their_own(kind):
-    model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0, code_lr=0.8,
+    model = gpt(optimizer=kind, learning_rate=1e-3, embedding_lr=0.5, weight_decay=0.1, code_lr=0.8,
                 base_width=16)
     before, optimizer = copy.deepcopy(model.state_dict()), Optimizer(model, model.config)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
+    assert len({*map(int, optimizer.keys.values())}) == len(optimizer.keys)
     for name, p in model.named_parameters():
         step, block, state = before[name] - p, name in linears(model), optimizer.state[name]
         assert len(state) == 2 - (block and kind == 'muon')
-        assert len(state) == 1 or close(step, torch.tensor(1e-3 / 4 if block else 0.5), 1e-2)
+        oracle = (1e-3 / 4 if block else 0.5) * (1 + 0.1 * (p.dim() > 1) * before[name])
+        assert len(state) == 1 or close(step, oracle, 1e-3)
     for base_width, narrow in ((16, 1 / 4), (1000, 1)):     # n_embd = 64: above it, and below
-        model.config.base_width = base_width
+        model.config.base_width, model.config.embedding_lr = base_width, 0     # learning_rate
         optimizer.begin(schedule=0.25)
-        rates = [optimizer.rates[k][0].item() for k in ('direct', 'scales', kind)]
-        assert rates == pytest.approx([0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow])
+        rates, decays, *_ = zip(*(optimizer.rates[k].tolist() for k in (
+            'direct', 'scales', kind, 'matrix', 'vector')))
+        oracle = [0.2 * narrow ** 0.5, 0.0025, 0.25e-3 * narrow, 0.25e-3, 0.25e-3]
+        assert rates == pytest.approx(oracle)
+        assert decays == pytest.approx([0, 0, 0.1 * oracle[2], 0.1 * oracle[3], 0])
 
 
 @each('size', [1.0, 1e-22])
@@ -577,10 +587,12 @@ def test_scales_learn_downhill(stored, code_lr, size):
     step(size * (normal(64, 128, seed=1) + q))                          # dL/d log s = sum g w > 0
     assert optimizer.flips() >= 0.1 * (size == 1) * (code_lr > 0)
     assert code_lr or levels(layer.stored_weight()).equal(q) and len(state_of(optimizer)) == 2
+    down, new = (s / layer.scale).log(), layer.scale.clone()
+    assert (down.abs() <= 0.1001).all() and (size < 1 or (down > 0.0999).all())
+    step(torch.zeros(64, 128))          # m goes on: .1 * .9 / 1.9 * sqrt(1.999 / .999) = .0670
+    assert size < 1 or close((new / layer.scale).log(), torch.tensor(0.0670), 1e-2)
     _, frozen, step = pair(stored, scale_lr=0.0, optimizer='scales')    # a rate of zero: no state
     assert step(q).equal(step(-q)) and not state_of(frozen)
-    down = (s / layer.scale).log()
-    assert (down <= 0.1001).all() and (size < 1 or (down > 0.0999).all())
 
 
 @each('shape, m', [((64, 128), ''), ((128, 64), 'int8/row')])
@@ -655,17 +667,18 @@ def correlated(n, tokens=512):
 def test_gptq_is_its_definition_column_by_column(how, act_order):
     """In float64, by inverting H anew for the columns that are left."""
     W, H, s = normal(24, 144), correlated(144), spec(how)   # more than one block of columns
+    H[::2] = H[:, ::2] = 0                                  # and half of them without data
     q, nearest = gptq(W, H, how, 0.01, act_order), quantize(W, how)
     left, codes = W.double(), torch.zeros(W.shape)
     scale = nearest.scale.expand_as(quant.grouped(W, s)).reshape(W.shape).double()
-    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(144)
+    damped = H.double() + 0.01 * H.diagonal()[1::2].double().mean() * torch.eye(144)
     order = (H.diagonal() * act_order).argsort(descending=True, stable=True)
     for k, i in enumerate(order):
         inverse = torch.linalg.inv(damped[order[k:]][:, order[k:]])
         codes[:, i] = (left[:, i] / scale[:, i]).round().clamp(*GRIDS[s.grid][1:3])
         error = (left[:, i] - scale[:, i] * codes[:, i]) / inverse[0, 0]
         left[:, order[k:]] -= torch.outer(error, inverse[0])
-    assert torch.equal(q.scale, nearest.scale) and (levels(q) != codes).any(1).sum() <= 1   # a tie
+    assert torch.equal(q.scale, nearest.scale) and levels(q).equal(codes)
     E, e = W - dequantize(q), W - dequantize(nearest)
     assert (E @ H * E).sum() < (e @ H * e).sum() and e.norm() < E.norm()
 
@@ -740,6 +753,15 @@ def test_the_head_is_tied_and_stays_so_or_untied():
     assert torch.allclose(plain.wte.weight.grad, total, atol=1e-6)
 
 
+def test_weights_begin_as_the_config_says():
+    """init_gain / sqrt(inputs), or as GPT-2: .02, at the ends of residual branches / sqrt(2 L)."""
+    for gain, stds in (0.5, (0.5 / 8, 0.5 / 8, 0.5 / 16)), (0.0, (0.02, 0.01, 0.01)):
+        model = gpt(init_gain=gain, hidden=256)
+        layers = model.h[1].attn.c_attn, model.h[1].attn.c_proj, model.h[0].mlp.c_proj
+        found = [layer.weight.std().item() for layer in layers]
+        assert found == pytest.approx(stds, rel=0.05)
+
+
 @each('flavour', ['gpt2', 'llama'])
 @each('heads', [4, 2, 1])
 def test_attention_and_norms(flavour, heads):
@@ -770,15 +792,20 @@ def test_cached_generation_is_the_full_forward(flavour, heads, kv):
         logits = model(x[:, a:b], caches=caches)
         assert torch.allclose(logits[:, -1], full[:, b - 1], atol=2e-5)
     assert kv != 'int4/16' or caches[0].kv.codes.shape == (2, 2, heads or 2, 20, 16)    # packed
+    a, b = (torch.autograd.grad(m(x).square().sum(), m.h[0].attn.c_attn.weight)[0][64:]
+            for m in (model, gpt(flavour=flavour, n_kv_head=heads)))    # as if it were not rounded
+    assert (a - b).norm() <= 0.25 * b.norm()
     k, v = normal(2, 1, 2, 9, 32).bfloat16()        # to float32, as in training, and then rounded
     assert torch.equal(KVCache(kv).append(k, v)[0], fake_quant(k.float(), kv).bfloat16())
 
 
 def test_generate_goes_on_beyond_the_block():
-    model, x, y = gpt(), tokens(2, 3), tokens(1, 3)
+    """Once it is full, by its last half."""
+    model, x, y = gpt(), tokens(2, 40), tokens(1, 30)
     assert [t.shape for t in model.generate(x, 70, top_k=0)] == [(2, 1)] * 70
-    for token, cold in zip(model.generate(y, 5, top_k=1), model.generate(y, 5, temperature=0)):
-        y = torch.cat((y, model(y)[:, -1:].argmax(-1)), 1)
+    ours = model.generate(y, 5, top_k=1), model.generate(y, 5, temperature=0)
+    for n, token, cold in zip((30, 31, 32, 16, 17), *ours):
+        y = torch.cat((y, model(y[:, -n:])[:, -1:].argmax(-1)), 1)
         assert torch.equal(token, y[:, -1:]) and torch.equal(cold, token)
 
 
@@ -792,7 +819,7 @@ def test_scales_per_token_cannot_see_the_future():
 
 @each('n, vocab', [(14, 11), (512, 4096), (2 * 257, 4096)])
 @each('how', [How(), How('int8/row', 'int8/row', compute='codes'),
-              How('int4/row', 'int4/row', backward='full')])
+              How('int4/row', 'int4/row', 'int8/row', backward='full')])
 def test_the_loss_in_chunks_is_cross_entropy(n, vocab, how):
     """Value and gradients; nowhere are there logits of more than 2^20 elements."""
     head, x, seen = Head(16, vocab, how), normal(2, n // 2, 16).requires_grad_(), []
@@ -814,7 +841,7 @@ def test_health_sees_what_quantization_does():
     assert report.keys() == {name.removesuffix('.weight') for name in linears(model)}
     w, x, shares = (report['h.0.attn.c_attn'][k] for k in ('weights', 'activations', 'levels'))
     assert 35 < x['snr_db'] < 50 and x['clipped'] == 0                  # 6 dB a bit
-    assert 0 < w['snr_db'] < 10 and w['zero'] > 0.2 and w['clipped'] > 0.3
+    assert 0 < w['snr_db'] < 10 and w['zero'] > 0.2 and w['clipped'] > 0.3 and '-1' in shares
     assert sum(shares.values()) == pytest.approx(1) and equal(model.state_dict(), before)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -861,7 +888,7 @@ def test_compiled_is_eager(args, small, monkeypatch):
 
 SMALL = """--n_layer=2 --n_head=2 --n_embd=64 --hidden=64 --block_size=32 --batch_size=4
     --grad_accum=1 --max_iters=6 --warmup_iters=2 --eval_interval=3 --log_interval=1
-    --eval_tokens=256 --final_tokens=1024 --sample_tokens=8 --dtype=float32 --device=cpu""".split()
+    --eval_tokens=160 --final_tokens=1024 --sample_tokens=8 --dtype=float32 --device=cpu""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -897,7 +924,7 @@ def full(data, tmp_path_factory):
     """The folder of a run in full precision."""
     folder = tmp_path_factory.mktemp('full')
     train.main([*SMALL, f'--dataset={data}', f'--out_dir={folder}', '--compile=no',
-                '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2'])
+                '--max_iters=60', '--eval_interval=60', '--learning_rate=3e-3'])
     return folder
 
 
@@ -912,7 +939,6 @@ def equal(a, b):
 
 
 @each('flags, says', [
-    ('--learnng_rate=1', "unknown key 'learnng_rate', did you mean 'learning_rate'"),
     *(('--n_layer=' + bad, 'n_layer must be an int, not ' + bad) for bad in (
         '2.5', 'True', '9**9**9', '__import__("os").getpid()')),
     *(('--eps=' + bad, 'eps must be a float') for bad in ('fast', '1/0', 'nan')),
@@ -975,39 +1001,6 @@ def test_the_readme_adds_a_grid_of_one_bit(small, monkeypatch):
     train.main([*small, '--weights=binary/row/odd/mse'])
 
 
-@each('arg', '-{} --{}=1 {}.py {}.pt --dataset={} --n_layer={} --device={} --init_from={} '
-             '--out_dir={} --learning_rate={}1 --weights={} --weights=int8/{}'.split())
-def test_a_long_argument_gives_a_short_line(arg, small):
-    assert all(error(*small, arg.format(x * 100_000)) for x in 'x(9-')
-
-
-@each('line, says', [('n_layer = "2"', 'n_layer must be an int'), ('import os', 'key = value'),
-    ('learnng_rate = 1', "unknown key 'learnng_rate', did you mean 'learning_rate'"),
-    ('n_layer = open("x")', 'must be an int'), ('n_layer = = 2', 'not a config file'),
-    ('n_layer += 1', 'key = value'), ('weights = 8', 'weights must be a str')])
-def test_a_bad_config_file_names_file_and_line(line, says, tmp_path, monkeypatch):
-    monkeypatch.setenv('RANK', '8')                                     # on each machine
-    (tmp_path / 'bad.py').write_text(f'# a comment\n{line}\n')
-    said = error(tmp_path / 'bad.py')
-    assert says in said and f'{tmp_path}/bad.py:2' in said
-
-
-def test_later_files_and_flags_win(tmp_path):
-    a, b = tmp_path / 'a.py', tmp_path / 'b.py'
-    a.write_text('"""what it is"""\nlearning_rate = 2 * 3e-4\nn_layer = 2 ** 3\nseed = 1\n')
-    b.write_text('n_layer = -1 + 5\ndropout = 0\n')
-    c = train.parse([str(a), str(b), '--seed=7', '--bias=FALSE', '--prompt=1 + 1'])
-    assert (c.learning_rate, c.n_layer, str(c.dropout)) == (2 * 3e-4, 4, '0.0')
-    assert (c.seed, c.bias, c.prompt, c.out_dir) == (7, False, '1 + 1', 'out/a-b')
-
-
-def test_help_lists_every_key_and_every_word(capsys):
-    with pytest.raises(SystemExit) as e:
-        train.main(['--help'])
-    words, out = [*vars(Config()), *FORMATS, *sum(WORDS.values(), [])], capsys.readouterr().out
-    assert not e.value.code and all(re.search(rf'\b{word}\b', out) for word in words)
-
-
 def test_configs_are_short_and_fit_every_size():
     for path in CONFIGS:
         lines = path.read_text(encoding='utf-8').splitlines()
@@ -1047,7 +1040,7 @@ def test_every_strategy_trains_two_steps(name, small, full, tmp_path, capsys):
     ['config/w8a8g8.py', 'config/adam4.py', '--dropout=0.1', '--grad_accum=2']], ids=str)
 def test_resume_is_bit_for_bit_and_needs_no_flags(strategy, small, tmp_path):
     """Nor does it matter how often it is evaluated."""
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    whole, parts, small = tmp_path / 'whole', tmp_path / 'parts', [*small, '--log_interval=4']
     train.main([*strategy, *small, f'--out_dir={whole}'])
     train.stopping.append(1)                                            # as Ctrl-C does
     with pytest.raises(SystemExit, match='130'):
@@ -1111,13 +1104,29 @@ def test_update_in_backward_is_the_same_training(strategy, small, tmp_path, monk
     monkeypatch.setattr(train.Run, 'update', lambda run, *args: peaks.append(sum(bytes_held(
         run.model, run.optimizer)['linear'].values())) or update(run, *args))
     args = [f'config/{strategy}.py', *small, '--grad_clip=0', '--n_layer=4', '--n_embd=128',
-            '--hidden=384', '--max_iters=3', f'--code_lr={strategy == "ternary":d}']
+            '--hidden=384', '--max_iters=3', f'--code_lr={strategy == "ternary":d}']     # 1 or 0
     for name, flag in (('a', False), ('b', True)):
         train.main([*args, f'--update_in_backward={flag}', f'--out_dir={tmp_path / name}'])
     ends, logs = zip(*((checkpoint(tmp_path / name), log_of(tmp_path / name)) for name in 'ab'))
     assert all(equal(*(end[part] for end in ends)) for part in ('model', 'optimizer'))
     assert [log[-1]['bytes']['linear']['gradients'] for log in logs] == [4, 0]
     assert peaks and (strategy != 'ternary' or max(peaks) < 2)
+
+
+def test_rates_rise_and_then_fall_as_a_cosine():
+    config = Config(warmup_iters=3, max_iters=15, min_lr=0.2)
+    rates = [train.schedule(config, step) for step in (0, 2, 3, 6, 9, 15, 99)]
+    assert rates == pytest.approx([0.25, 0.75, 1, 0.6 + 0.4 * 0.5 ** 0.5, 0.6, 0.2, 0.2])
+
+
+def test_every_layer_and_forward_has_noise_of_its_own(small):
+    args, keys = [*small, '--grad_accum=2', '--activations=int8/row/stochastic'], []
+    run = train.Run(train.parse(args), 0, 1)
+    run.model.register_forward_pre_hook(lambda model, _: keys.extend(
+        int(layer.key) for layer in model.modules() if isinstance(layer, Linear)))
+    run.advance()
+    run.advance()
+    assert len({*keys}) == len(keys) == 2 * 2 * 9
 
 
 @each('rate', [0, 1e-3])
@@ -1129,10 +1138,15 @@ def test_gradients_are_clipped_by_the_norm_of_those_that_are_used(rate, small):
             if rate or name not in linears(run.model)]
     norm = torch.cat([*map(torch.ravel, used)]).norm().item()
     assert run.optimizer.rates['matrix'][-1].item() == pytest.approx(1e-3 / norm, rel=1e-2)
+    run = train.Run(train.parse([*small, '--grad_clip=1e-3', f'--learning_rate={rate}',
+                                 '--overwrite=True', '--update_in_backward=True']), 0, 1)
+    run.advance()                                                       # each by its own: m = .1 g
+    for m, _ in run.optimizer.state.values():
+        assert m.codes.norm().item() == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_two_processes_are_one_with_twice_the_batch(small, tmp_path):
-    """Sharded, each holds half the states, and the bits are the same. Any number goes on."""
+    """Sharded, each holds half the states, and the bits are the same. Any number can resume."""
     (tmp_path / 'ranks.py').write_text("""import json, sys, torch, train
 finish = train.Run.finish       # every rank leaves what it ends with
 train.Run.finish = lambda run: (finish(run), torch.save(
@@ -1144,9 +1158,9 @@ train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: No
     ternary = ['config/ternary.py', *flags, '--grad_accum=2']
     adam8 = ['config/adam8.py', *flags, '--update_in_backward=True']
     resume = ['--init_from=resume', '--max_iters=8']
-    train.main([*ternary, '--batch_size=8', at + 'one'])
+    train.main([*ternary, '--grad_accum=1', '--batch_size=16', at + 'one'])
     runs = [[*ternary, at + 'bf16', '--reduce_dtype=bfloat16'],
-            [at + 'one', *resume, '--batch_size=4', '--shard=True']]
+            [at + 'one', *resume, '--batch_size=4', '--grad_accum=2', '--shard=True']]
     for shard, strategy in itertools.product((True, False), (ternary, adam8)):
         runs += [[*strategy, folder := f'{at}{strategy[0][7:-3]}{shard}', f'--shard={not shard}'],
                  [folder, *resume, f'--shard={shard}']]
@@ -1162,9 +1176,10 @@ train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: No
     one, two, bf16 = (log_of(tmp_path / name) for name in ('one', 'ternaryFalse', 'bf16'))
     a, b = ([line.get('train_loss', 0) for line in log[:9]] for log in (bf16, two))
     assert a != b and a == pytest.approx(b, abs=2e-2)
-    for i, (a, b) in enumerate(zip(one, two)):     # sums are rounded in another order: past two
+    # sums are rounded in another order, and after two steps a code moves in one run alone
+    for i, (a, b) in enumerate(zip(one, two)):
         assert a.keys() == b.keys() and a.get('world', 1) == b.get('world', 2) - 1
-        for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():   # steps levels part
+        for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():
             assert a[key] == pytest.approx(b[key], abs=1e-4 if i < 3 else 1e-2)
 
 
@@ -1181,7 +1196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, full, tmp_path):
         assert 'lower learning_rate or use more bits' in says and not path.exists()
 
 
-def test_a_run_is_never_overwritten_untold(small, tmp_path):
+def test_a_run_is_never_overwritten_unasked(small, tmp_path):
     train.main(small)
     path, resume = tmp_path / 'run' / 'ckpt.pt', [*small, '--init_from=resume']
     before, old = path.read_bytes(), checkpoint(path.parent)
@@ -1195,7 +1210,7 @@ def test_a_run_is_never_overwritten_untold(small, tmp_path):
         assert says in error(*args) and path.read_bytes() == before
     (path.parent / 'ckpt.pt.tmp').symlink_to('/dev/full')               # a disk without room
     assert 'could not save' in error(*resume, '--max_iters=7') and path.read_bytes() == before
-    assert not (path.parent / 'ckpt.pt.tmp').is_symlink()               # nor is any taken up
+    assert not (path.parent / 'ckpt.pt.tmp').is_symlink()               # and no link is followed
     torch.save({**old, 'model': {}}, path)
     assert f'{path} is a model of another shape' in error(*resume)
     first = {key: value for key, value in old.items() if key != 'format'}
@@ -1227,24 +1242,6 @@ def test_start_from_a_checkpoint(small, full, tmp_path):
         assert f'already: use --stored={TERNARY}' in error(*ternary, *flags, '--compute=float')
 
 
-def test_flipped_bits_are_found(full, small, tmp_path):
-    """Anywhere in ckpt.pt: it is refused in one line, or nothing that counts has changed."""
-    whole, path, refused = (full / 'ckpt.pt').read_bytes(), tmp_path / 'bad.pt', 0
-    for i in range(20):
-        damaged = bytearray(whole)
-        damaged[(2 * i + 1) * len(whole) // 40] ^= 1 << i % 8
-        path.write_bytes(damaged)
-        try:
-            assert equal(load(str(path), Config), checkpoint(full))
-        except SystemExit as e:
-            refused += e.code.startswith('error: ') and '\n' not in e.code
-    assert refused > 10                                                 # most of it is tensors
-    torch.save({**checkpoint(full), 'config': [1]}, tmp_path / 'foreign')
-    for damaged in (b'', b'not one', whole[:5000], (tmp_path / 'foreign').read_bytes()):
-        path.write_bytes(damaged)
-        assert 'not a whole checkpoint' in error(path, *small)
-
-
 @each('how, bits', [('rtn', 2), ('gptq', 3), ('gptq', 4), ('rtn', 6), ('gptq', 8)])
 def test_a_packed_checkpoint_is_the_quantized_model(how, bits, small, full, tmp_path):
     path, before, loss = full / 'ckpt.pt', (full / 'ckpt.pt').read_bytes(), log_of(full)[-1]
@@ -1254,7 +1251,7 @@ def test_a_packed_checkpoint_is_the_quantized_model(how, bits, small, full, tmp_
     assert done['bytes']['linear']['weights'] == pytest.approx(bits / 8 + 4 / 64, rel=1e-6)
     most = 2 * 7 * 64 * 64 * (bits / 8 + 4 / 64) + 4 * 256 * 64 + 16_000    # embedding, names
     assert packed.stat().st_size < most and path.read_bytes() == before
-    assert -0.1 < done['val_loss'] - loss['val_loss'] < (0.01 if bits == 8 else 2)
+    assert abs(done['val_loss'] - loss['val_loss']) < (0.01 if bits > 2 else 0.2)
     run = train.Run(train.parse([str(packed), '--eval_only=True']), 0, 1)
     assert run.evaluate(1024, run.val_data) == done['val_loss'] and not run.config.sequences
     assert 'no optimizer state' in error(f'--out_dir={packed.parent}', '--init_from=resume')
@@ -1282,6 +1279,9 @@ def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
     assert 'another tokenizer' in error(path, *small, f'--dataset={tmp_path}/b', new)
     assert 'another tokenizer' in error(path, f'--dataset={tmp_path}/b', '--eval_only=True')
     train.main([str(path), *small, f'--dataset={tmp_path}/c', new, '--max_iters=1'])
+    done, meta = log_of(tmp_path / 'run')[-1], json.loads((tmp_path / 'a/meta.json').read_text())
+    bits = done['val_loss'] / math.log(2)               # per token; and a token has 1.1 bytes
+    assert done['val_bpb'] == pytest.approx(bits / meta['bytes_per_token'])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1293,8 +1293,8 @@ def run(*args, **env):
 
 
 def test_importing_does_nothing_and_a_typo_is_one_line():
-    for name in ('quant.py', 'model.py', 'train.py', *ROOT.glob('[cd]*/[!t]*.py')):     # for -O
-        assert not re.search('^ *assert ', (ROOT / name).read_text(encoding='utf-8'), re.M)
+    for path in (*ROOT.glob('*.py'), *ROOT.glob('[cd]*/*.py')):         # python -O drops asserts
+        assert 'test' in path.name or not re.search('^ *assert ', path.read_text('utf-8'), re.M)
     done = run('-c', 'import train, model, quant; print("ok"); train.main(["--lerning_rate=1"])')
     assert done.stdout == 'ok\n' and done.returncode == 1
     assert done.stderr.count('\n') == 1 and 'learning_rate' in done.stderr

@@ -55,8 +55,8 @@ KEYS = {
     'eps': (1e-3,), 'grad_clip': (0.0, 1.0), 'update_in_backward': (True, False),
     'code_lr': (0.0, 0.01, 1.0), 'scale_lr': (0.0, 0.01), 'log_interval': (1, 3),
     'eval_interval': (1, 3)}
-STRATEGIES = [path for path in sorted(ROOT.glob('config/*.py')) if path.stem not in
-              ('__init__', 'small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft',
+STRATEGIES = [path for path in sorted(ROOT.glob('config/[!_]*.py')) if path.stem not in
+              ('small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft',
                'peqa')]
 
 
