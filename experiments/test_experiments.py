@@ -682,7 +682,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
     found = {corpus: runs.results_of(
         runs.RESULTS / f'direct-default-{corpus}.jsonl',
         sum(direct.jobs_of('default', corpus).values(), [])) for corpus in ('python', 'sympy')}
-    for name in direct.TERNARY, direct.PLAIN, direct.ADAMW, direct.ROWS:
+    for name in direct.TERNARY, direct.PLAIN, direct.ADAMW, direct.HALF, direct.ROWS:
         cells = [sorted(runs.losses(results, name).items()) for results in found.values()]
         cells = [', '.join(f'{loss:.3f}' for _, loss in cell) for cell in cells]
         assert f'| {name} | {cells[0]} | {cells[1]} |' in page, (name, cells)
@@ -719,9 +719,16 @@ def test_the_page_says_what_was_measured_of_direct_training():
     assert ['| ' + ' | '.join(row) + ' |' for row in told] == \
         [line for line in md if line.startswith('| 2 |')]
     assert 'Whether it differs from AdamW is not clear' in readme
-    for results, side in zip([*found.values(), tiny[0]], (direct.PLAIN, direct.PLAIN, direct.HALF)):
-        mean, half = runs.compare(results, direct.TERNARY, side)
+    for results in [*found.values(), tiny[0]]:
+        mean, half = runs.compare(results, direct.TERNARY, direct.HALF)
         assert abs(mean) < half
+    for results, also in zip(found.values(), (' on `python`', ' on `sympy`')):
+        mean, half = runs.compare(results, direct.ROWS, direct.HALF)
+        said = f'{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})'.replace('(0', '(')
+        assert said + also in page, said
+        for side in direct.PLAIN, direct.ADAMW:
+            mean, half = runs.compare(results, direct.TERNARY, side)
+            assert abs(mean) < half
     mean, half = runs.compare(tiny[0], direct.TERNARY, direct.MUON)
     assert mean - half > 0 and 'tiny models end above Muon' in readme
     assert '`bitnet` still ends above `baseline`, and Muon below' in readme
