@@ -7,10 +7,10 @@ How fast it is, beside its peers and the limits of the machine: python -m experi
     --minutes=N       start no further comparison after so many minutes
 
 Prints a table and writes experiments/results/bench-<machine>.json, or, until it is through all
-rows, bench-part-<machine>.json. All sides of a comparison take
-turns in one process; a ratio is of medians, the other side's time over ours, so more is better; of
-bytes and counts ours over the other's, so less is better. The limit is what the bytes or FLOPs of
-our side take at the rates measured on this machine, and in brackets the ratio this would give.
+rows, bench-part-<machine>.json. All sides of a comparison take turns in one process; a ratio is of
+medians, the other side's time over ours, so more is better; of bytes and counts ours over the
+other's, so less is better. The limit is what the bytes or FLOPs of our side take at the rates
+measured on this machine, and in brackets the ratio this would give.
 Peers are optional, see experiments/requirements.txt; one that did not quantize makes its row fail.
 """
 import argparse
@@ -552,7 +552,7 @@ def bench():
                      {**head, 'seconds': round(time.time() - began), 'rows': results})
         free()
     if not late:
-        path = path.replace(path.with_name(path.name.replace('-part', '')))
+        path = path.replace(path.with_name(path.name.replace('-part', '', 1)))
     print(f'{path}: {time.time() - began:.0f} s', file=sys.stderr)
 
 
