@@ -167,7 +167,7 @@ def draw(results, path):
     left.set_xticks(ticks, [f'{t:g}' for t in ticks])
     left.minorticks_off()
     base = {r['seed']: r['evaluations'] for r in results if r['name'] == TERNARY and r['val_loss']}
-    for side in SIDES:
+    for side in (*SIDES, HALF):
         # (its evaluations but for the last, of more text; those of direct ternary) of each seed
         pairs = [(r['evaluations'][:-1], base[r['seed']]) for r in results
                  if r['name'] == side and r['val_loss'] and r['seed'] in base]
