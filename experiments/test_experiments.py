@@ -321,6 +321,7 @@ def tiny(elsewhere, monkeypatch):
         start=shape, windows=32, batch=4, groups=(32,), bits=(3, 2), rates=('1e-5', '1e-3'),
         epochs=(1,), methods=ptq.TUNED, scale_rates=('1e-4', '1e-2'), tokens=512)
     monkeypatch.setitem(ptq.PLANS, 'small', plan)
+    monkeypatch.setattr(train, 'pick_dtype', lambda *_: torch.float32)  # that of the base, anywhere
     monkeypatch.chdir(elsewhere)        # where the checkpoints are
     (elsewhere / 'config').symlink_to(ROOT / 'config')
     return elsewhere
