@@ -56,8 +56,7 @@ KEYS = {
     'code_lr': (0.0, 0.01, 1.0), 'scale_lr': (0.0, 0.01), 'log_interval': (1, 3),
     'eval_interval': (1, 3)}
 STRATEGIES = [path for path in sorted(ROOT.glob('config/[!_]*.py')) if path.stem not in
-              ('small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft',
-               'peqa')]
+              ('small', 'gpt2', 'gpt2_medium', 'gpt2_xl', 'llama_1b', 'gptq', 'qaft', 'peqa')]
 
 
 class Failure(Exception):
