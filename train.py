@@ -132,12 +132,11 @@ def parse(argv):
     return config
 
 
-def dry_run(config):
+def dry_run(config, vocab_size=1024):
     """A step of one block on the meta device: what does not fit together fails here, not late."""
     try:
         with torch.device('meta'):
-            # 1024 tokens of vocabulary: what divides the usual sizes divides it
-            model = GPT(config if config.keep else replace(config, n_layer=1), 1024)
+            model = GPT(config if config.keep else replace(config, n_layer=1), vocab_size)
             if config.keep and len({m.keep for m in linears(model).values()}) < 2:
                 raise ValueError(f"keep = '{config.keep}' matches no layer (h.0.mlp.c_fc) or all")
             rtn_(model, config.stored)
@@ -145,13 +144,10 @@ def dry_run(config):
             loss = model(idx, idx)
             if not (config.eval_only or config.ptq):
                 loss.backward()
-                Optimizer(model, config).step()
+                Optimizer(model, replace(config, shard=False)).step()
     except Exception as e:      # whatever it is, it is about these keys
         fail(e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}')
 
-
-# ------------------------------------------------------------------------------------------------
-# training
 
 def pick_device(config):
     """The device of this process, which works."""
@@ -218,6 +214,8 @@ def finishing_steps():
     try:
         yield
     except RuntimeError as e:       # a Ctrl-C ends a compiler, too
+        if stopping:
+            print(f'this step is not saved: {str(e)[:200]}', file=sys.stderr)
         raise KeyboardInterrupt if stopping else e
     finally:
         stopping.clear()
@@ -240,6 +238,8 @@ class Run:
         self.train_data, self.val_data, self.meta = load_data(config)
         self.tokenizer = {key: self.meta[key] for key in TOKENIZER}
         self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
+        if config.quantize_head:        # its shape was not known to `parse`
+            dry_run(config, self.vocab_size)
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
         self.step, self.seconds, self.losses = 0, 0.0, []       # losses since the last log line
         self.log = self.optimizer = None
@@ -315,10 +315,9 @@ class Run:
         dtype = str(self.model.dtype).removeprefix('torch.')
         if self.rank == 0 and not config.eval_only:
             os.makedirs(config.out_dir, exist_ok=True)
-            if config.init_from != 'resume':
-                for name in 'ckpt.pt', 'log.jsonl':
-                    with suppress(FileNotFoundError):
-                        os.remove(f'{config.out_dir}/{name}')
+            for name in ('ckpt.pt', 'log.jsonl') if config.init_from != 'resume' else ():
+                with suppress(FileNotFoundError):
+                    os.remove(f'{config.out_dir}/{name}')
             self.log = open_log(f'{config.out_dir}/log.jsonl', self.step)
             if not self.log.tell():
                 self.line(config=asdict(config), sha256=sha256, world=self.world, versions={
@@ -509,7 +508,8 @@ class Run:
     def sample(self):
         """Print the prompt and what the model makes of it, `samples` times, as it comes."""
         c, enc, generator = self.config, encoding(self.meta), torch.Generator(self.device)
-        idx = torch.tensor([enc.encode_ordinary(c.prompt) or [0]], device=self.device)
+        start = [*self.meta['special'].values(), 0][:1]             # what ends a text begins one
+        idx = torch.tensor([enc.encode_ordinary(c.prompt) or start], device=self.device)
         self.model.eval()
         for i in range(c.samples):
             generator.manual_seed(c.seed + i)
@@ -583,7 +583,7 @@ def main(argv):
     except (ValueError, OSError) as e:      # what does not fit, or cannot be written
         fail(e)
     except (MemoryError, RuntimeError) as e:
-        if not re.search('memory|alloc_failed', f'{e!r}', re.IGNORECASE):
+        if not re.search('(of|enough|allocate) memory|MemoryError|alloc_fail', f'{e!r}', re.I):
             raise                           # a mistake in this program
         fail('out of memory: lower batch_size and raise grad_accum, or with ptq lower sequences '
              f'({str(e)[:99]})', own=True)

@@ -192,7 +192,7 @@ def open_log(path, step):
 
 @contextmanager
 def locked(out_dir):
-    """Within, no other run can begin in out_dir. Leaves no folder behind that it made in vain."""
+    """Within, no other run can begin in out_dir. An out_dir that stays empty is removed again."""
     os.makedirs(out_dir, exist_ok=True)
     with open(f'{out_dir}/.lock', 'w') as file:
         try:
@@ -251,14 +251,14 @@ def configure(argv, Config):
             # it hands on what its model is, and how that was trained
             loaded[arg] = load(arg, Config)
             new = {k: v for k, v in loaded[arg]['config'].items() if k not in OWN_KEYS}
+            new |= {'checkpoint': arg, 'init_from': 'checkpoint'}
             if undone := [k for k in given if k in new and differ(k, new[k], given[k])]:
                 fail(f'give {arg} first: it would undo {", ".join(undone)}')
-            new |= {'checkpoint': arg, 'init_from': 'checkpoint'}
             path = os.path.dirname(os.path.abspath(arg))        # its run has the folder's name
         if not arg.startswith('-'):
             names.append(os.path.basename(path).removesuffix('.py'))
         config = replace(config, **new)
-    config.out_dir = config.out_dir or 'out/' + ('-'.join(names) or 'default')
+    config.out_dir = os.path.normpath(config.out_dir or 'out/' + ('-'.join(names) or 'default'))
     if config.init_from == 'resume':
         config = resumed(config, given)
     check(config, given)
@@ -272,7 +272,8 @@ def resumed(config, given):
     """The config of the run in out_dir; what is given may differ only where that is harmless."""
     path = f'{config.out_dir}/ckpt.pt'
     if config.checkpoint:
-        fail(f'resume goes on with {path}: leave out {config.checkpoint}')
+        fail(f'resume goes on with {path}: give --out_dir={config.out_dir} in place of '
+             f'{config.checkpoint}')
     loaded[path] = load(path, type(config))
     old = loaded[path]['config']
     # `given` has files and flags alone: the same command may be repeated, or left out

@@ -1,18 +1,24 @@
 """
-Config files, flags and checkpoints: what they say wins in their order, and what is wrong with them
-is said in one line.
+What a run is told and what it leaves: config files, flags, checkpoints and logs. Later ones win,
+what is wrong with them is said in one line, and numbers in a log are what they are called.
 
     python -m pytest -q config/_test.py
 """
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from config import load
-from quant import FORMATS, WORDS
-from test_quant import at_home, checkpoint, data, each, equal, error, full, small   # noqa: F401
-from train import Config, main, parse
+import train
+from config import load, locked, open_log
+from data.corpus import prepare, window_starts
+from quant import FORMATS, WORDS, Linear
+from test_quant import (at_home, checkpoint, data, each, equal, error, full, log_of,    # noqa: F401
+                        small)
+from train import Config, Run, main, parse
 
 
 def test_later_files_and_flags_win(tmp_path):
@@ -46,6 +52,121 @@ def test_a_bad_config_file_names_file_and_line(line, says, tmp_path, monkeypatch
              '--out_dir={} --learning_rate={}1 --weights={} --weights=int8/{}'.split())
 def test_a_long_argument_gives_a_short_line(arg, small):
     assert all(error(*small, arg.format(x * 100_000)) for x in 'x(9-')
+
+
+def test_an_argument_that_another_would_undo_is_refused(full, small):
+    path = f'{full}/ckpt.pt'
+    for flag, key in ('--seed=3', 'seed'), ('--init_from=resume', 'init_from'):
+        assert f'would undo {key}' in error(flag, path, *small)
+    assert parse([path, 'config/qaft.py']).out_dir == f'out/{full.name}-qaft'
+    assert 'log_interval = 0 must be at least 1' in error(*small, '--log_interval=0')
+    for key, x in ('n_head', 1), ('norm_eps', 0.1), ('tied', False):
+        assert f'another {key}' in error(path, *small[:-1], f'--out_dir={full}x', f'--{key}={x}')
+
+
+def test_a_checkpoint_hands_on_the_model_and_not_the_run(small, tmp_path):
+    main([*small, '--overwrite=True', '--prompt=x', '--max_iters=1'])
+    path = tmp_path / 'run' / 'ckpt.pt'
+    c, before = parse([str(path)]), path.read_bytes()
+    assert (c.n_layer, c.out_dir, c.overwrite, c.device) == (2, 'out/run', False, 'auto')
+    assert c.prompt == Config.prompt
+    # nor may a new run throw it away
+    assert 'would throw away' in error(path, f'--out_dir={path.parent}', '--overwrite=True')
+    # not even for one that the vocabulary does not let begin
+    blocks = [f'--{key}=int8/512' for key in ('weights', 'activations', 'gradients')]
+    assert 'do not divide' in error(
+        *small, *blocks, '--overwrite=True', '--quantize_head=True', '--backward=requantize',
+        '--n_embd=512', '--hidden=512', '--batch_size=16')
+    assert path.read_bytes() == before
+
+
+@each('flags, says', [
+    ('seed=2', 'trained with seed'), ('learning_rate=1.', 'trained with learning_rate'),
+    ('beta1=.5', 'trained with beta1'), ('warmup_iters=3', 'trained with warmup_iters'),
+    ('sequences=8', 'trained with sequences'), ('ptq=rtn', 'trained with ptq'),
+    ('dataset={other} --max_iters=61', 'another sha256'), ('dataset={same}', ''),
+    ('eval_tokens=64 --final_tokens=64 --log_interval=2 --top_k=0 --device=cpu', '')])
+def test_what_may_change_when_a_run_is_resumed(flags, says, full, data, tmp_path):
+    prepare(tmp_path / 'other', 'other', [(split, 'abc ' * 999) for split in ('train', 'val')], 256)
+    (tmp_path / 'same').symlink_to(data)
+    flags = flags.format(other=tmp_path / 'other', same=tmp_path / 'same')
+    args = [f'--out_dir={full}', '--init_from=resume', *f'--{flags}'.split()]
+    assert says in error(*args) if says else parse(args).n_layer == 2
+    path = f'{full}/ckpt.pt'
+    assert f'give --out_dir={full} in place of {path}' in error(path, *args)
+
+
+def test_an_evaluation_is_the_loss_of_windows_all_over_the_text(full):
+    run = Run(parse([f'{full}/ckpt.pt', '--eval_only=True', '--dropout=.5']), 0, 1)
+    ids = torch.from_numpy(run.val_data.astype(np.int64))
+    windows = torch.stack([ids[i:i + 33] for i in np.linspace(0, len(ids) - 33, 5).astype(int)])
+    x, y = windows[:, :-1], windows[:, 1:]
+    loss, *_, before, last = run.evaluate(5 * 32, run.val_data), *log_of(full)
+    logits = run.model.eval()(x).flatten(0, 1)
+    assert loss == pytest.approx(F.cross_entropy(logits, y.flatten()).item(), rel=1e-5)
+    assert before['val_loss'] == pytest.approx(loss)                    # eval_tokens; final_tokens
+    assert last['loss_on_train'] == pytest.approx(run.evaluate(1024 // 8, run.train_data))
+
+
+def test_an_evaluation_repeats_its_noise_and_writes_nothing(small, data, tmp_path, capsys):
+    main([*small, '--activations=int2/row/stochastic'])
+    folder, args = tmp_path / 'run', [f'{tmp_path}/run/ckpt.pt', '--eval_only=True']
+    files = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
+    loss, before = log_of(folder)[-1]['val_loss'], files()
+    with locked(str(folder)):
+        main([*args, f'--out_dir={folder}'])
+    out = capsys.readouterr().out
+    assert f'val loss {loss:.4f}' in out and 'not what it was trained on' not in out
+    prepare(tmp_path / 'b', 'b', [(split, 'abc ' * 999) for split in ('train', 'val')], 256)
+    main([*args, f'--dataset={tmp_path}/b'])
+    assert 'not what it was trained on' in capsys.readouterr().out and files() == before
+
+
+def test_processes_and_micro_steps_have_noise_of_their_own(small, monkeypatch):
+    run, keys = Run(parse([*small, '--grad_accum=2', '--activations=int8/stochastic']), 0, 1), []
+    run.model.register_forward_pre_hook(lambda model, _: keys.extend(
+        int(layer.key) for layer in model.modules() if isinstance(layer, Linear)))
+    monkeypatch.setattr(train.dist, 'all_reduce', lambda t: None)
+    for run.world, run.rank, run.step in (1, 0, 1), (2, 0, 2), (2, 1, 2):
+        run.advance()
+    assert len({*keys}) == len(keys) == 3 * 2 * 9
+
+
+def test_a_log_line_is_about_the_steps_since_the_last(small, full, tmp_path):
+    first, *steps, last = log_of(full)
+    steps = [line for line in steps if 'schedule' in line]
+    config = Config(**first['config'])
+    assert all(s['schedule'] == train.schedule(config, s['iter'] - 1) for s in steps)
+    assert sum(4 * 32 / s['tokens_per_s'] for s in steps) == pytest.approx(last['seconds'])
+    for n in 1, 3:
+        main([*small, f'--log_interval={n}', f'--out_dir={tmp_path}/{n}', '--compile=no'])
+    a, b = ([line['train_loss'] for line in log_of(tmp_path / f'{n}') if 'train_loss' in line]
+            for n in (1, 3))
+    assert b == pytest.approx([sum(a[:3]) / 3, sum(a[3:]) / 3])
+    path = tmp_path / 'log'
+    path.write_text('{"config": 1}\n{"iter": 2}\n{"iter": 2, "done": true}\n{"iter": 3}\n{"it')
+    open_log(str(path), 2).close()
+    assert path.read_text() == '{"config": 1}\n{"iter": 2}\n'
+
+
+def test_a_seed_is_a_model_and_sequences_are_windows(small, full, tmp_path):
+    a, b = (Run(parse([*small, '--overwrite=True', f'--seed={s}']), 0, 1).model for s in (1, 2))
+    assert not torch.equal(a.wte.weight, b.wte.weight)
+    run = Run(parse([f'{full}/ckpt.pt', '--sequences=6', '--eval_only=True']), 0, 1)
+    starts = window_starts(replace(run.config, batch_size=6), 0, len(run.train_data), 1).ravel()
+    assert sorted(run.sequences().tolist()) == sorted(
+        run.train_data[i:i + 32].tolist() for i in starts)
+
+
+def test_only_a_lack_of_memory_is_called_so(small, monkeypatch):
+    def fails(*_):
+        raise RuntimeError(says)
+    monkeypatch.setattr(Run, 'advance', fails)
+    for says in 'CUDA out of memory. Tried ..', 'you tried to allocate memory', 'ALLOC_FAILED':
+        assert 'lower batch_size' in error(*small, '--overwrite=True')
+    for says in 'an illegal memory access was encountered', 'unsupported memory format':
+        with pytest.raises(RuntimeError, match=says):
+            main([*small, '--overwrite=True'])
 
 
 def test_flipped_bits_are_found(full, small, tmp_path):

@@ -137,7 +137,7 @@ def prepare(out_dir, name, documents, which, limit=math.inf):
     memory. Stops after the document that reaches `limit` tokens.
     """
     start = time.perf_counter()
-    learns = str(which).isdecimal()
+    learns = str(which).isdecimal() and int(which) > 256
     train = (text for split, text in documents if split == 'train') if learns else ()
     try:
         tokenizer = make_tokenizer(which, ''.join(train))

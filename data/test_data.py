@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import train
+from data import corpus
 from data.corpus import (folder_of, prepare, read_dataset, read_files, split_files, window_starts,
                          write)
 from data.tokenizer import EOT, PATTERN, encoding, make_tokenizer, tokenizer_dict, train_bpe
@@ -41,6 +42,9 @@ def test_bpe_and_bytes_give_the_text_back():
     assert ranks == train_bpe(text, 400) and len(set(ranks)) == 400
     pairs = [a + b for word in ('aab', 'aab', 'aac') for a, b in zip(word, word[1:])]
     assert train_bpe('aab aab aac', 257)[256].decode() == max(sorted(set(pairs)), key=pairs.count)
+    # each word counts as often as it is there, and of a tie the smallest bytes win
+    assert train_bpe('xyz\nxyz\nxyz\nxz', 258)[256:] == [b'xy', b'xyz']
+    assert train_bpe('ba\nba\nab\nab', 257)[256] == b'ab'
 
 
 def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):
@@ -64,6 +68,14 @@ def test_no_folder_is_left_out_without_a_word(tmp_path, capsys):
         read_files(tmp_path / 'closed')
 
 
+def test_files_are_taken_by_name_and_size(tmp_path):
+    (tmp_path / 'e').mkdir()
+    for name, text in (('a.py', 'x'), ('b.py', 'y' * 9), ('c.txt', 'z'), ('d.py', 'no'),
+                       ('e/a.py', 'no')):
+        (tmp_path / name).write_text(text)
+    assert read_files(tmp_path, '*.py', ('d.*', 'e'), max_bytes=8) == [('a.py', 'x')]
+
+
 def test_val_is_about_a_tenth_of_few_files_and_of_many():
     many = [(f'{i}.py', 'x' * 100) for i in range(1000)]
     for files in (many[:1], many[:3], [*many[:3], ('long', 'x' * 9999)], many):
@@ -72,6 +84,7 @@ def test_val_is_about_a_tenth_of_few_files_and_of_many():
             sizes[split] += len(text)
         assert 0.08 < sizes['val'] / sizes.total() < 0.12, files[-1][0]
     assert split_files(many)[:900] == split_files(many[:900])
+    assert [split for split, _ in split_files(many)].index('val') == 4      # on every machine
 
 
 @each('name', ['train.bin', 'val.bin', 'meta.json'])
@@ -91,11 +104,38 @@ def test_a_stream_that_breaks_is_a_line(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_stream_ends_with_the_document_that_reaches_the_limit(tmp_path):
+    def documents():
+        yield 'val', 'abc' * 9
+        for _ in range(99):
+            yield 'train', 'abc' * 9
+    meta = prepare(tmp_path, 'x', documents(), 256, 60)
+    assert (meta['val_tokens'], meta['train_tokens']) == (27, 54)
+
+
+def test_a_dataset_that_is_made_anew_is_whole_or_gone(tmp_path, monkeypatch):
+    prepare(tmp_path, 'x', [('train', 'abc'), ('val', 'abc')], 256)
+    monkeypatch.setattr(corpus.os, 'replace', lambda *_: exec('raise OSError'))
+    with pytest.raises(SystemExit, match='is not written'):
+        prepare(tmp_path, 'x', [('train', 'abd'), ('val', 'abd')], 256)
+    assert not (tmp_path / 'meta.json').exists()
+
+
+def test_a_corpus_without_a_download_is_built_when_it_is_missing(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(corpus, 'folder_of', lambda name: f'{tmp_path}/{name}')
+    monkeypatch.setattr(corpus.subprocess, 'run', ran.append)
+    for name in 'python', 'sympy', 'openwebtext':
+        corpus.build(name)
+    assert [args[1] for args in ran] == [f'{tmp_path}/{x}/prepare.py' for x in ('python', 'sympy')]
+
+
 def test_yardsticks_are_the_entropy_of_unigrams_and_the_size_of_an_xz(tmp_path):
-    val = ['abab' * 50, 'some text, and more of it ' * 20]
+    val = ['abab' * 50, 'some text, and more of it ' * 20, 'aé€']
     meta = prepare(tmp_path, 'x', [('train', 'abc'), *(('val', text) for text in val)], 256)
     counts = Counter(''.join(val).encode())
     n = sum(counts.values())
+    assert meta['val_bytes'] == n
     loss = -sum(k / n * math.log(k / n) for k in counts.values())
     assert meta['unigram_loss'] == pytest.approx(loss, 1e-12)
     assert meta['xz_bpb'] == 8 * len(lzma.compress(''.join(val).encode())) / n
@@ -173,6 +213,7 @@ def test_every_epoch_has_each_window_once(sequences, size):
     assert all(start % 32 == 0 and 0 <= start < 1000 - 32 for start in epochs[0])
     for other in (epochs[1], starts(seed=1)[:size]):
         assert not np.array_equal(epochs[0], other)
+    assert not sequences or {*starts(seed=1)} != {*epochs[0]}               # a seed draws its own
     for split in ({'grad_accum': 1, 'batch_size': 8}, {'world': 2, 'grad_accum': 1},
                   {'world': 4, 'batch_size': 1}, {'grad_accum': 8, 'batch_size': 1}):
         assert np.array_equal(starts(), starts(**split))

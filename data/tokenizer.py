@@ -46,7 +46,7 @@ def train_bpe(text, vocab_size):
     nor the order of the text matter. No token has more than MAX_BYTES bytes.
     """
     # count each distinct word once: 40,000 of them in 7 MB of Python instead of 2 million
-    words = Counter(word[:MAX_WORD] for word in regex.findall(PATTERN, text))
+    words = Counter(found[0][:MAX_WORD] for found in regex.finditer(PATTERN, text))
     repeats = list(words.values())
     words = [[bytes([byte]) for byte in word.encode()] for word in words]
     # a candidate is the token that a pair would become. tiktoken merges every pair that spells a
