@@ -4,6 +4,8 @@ what is wrong with them is said in one line, and numbers in a log are what they 
 
     python -m pytest -q config/_test.py
 """
+import json
+import math
 import re
 from dataclasses import replace
 
@@ -16,8 +18,8 @@ import train
 from config import load, locked, open_log
 from data.corpus import prepare, window_starts
 from quant import FORMATS, WORDS, Linear
-from test_quant import (at_home, checkpoint, data, each, equal, error, full, log_of,    # noqa: F401
-                        small)
+from test_quant import (TERNARY, at_home, checkpoint, data, each, equal, error, full,   # noqa: F401
+                        log_of, small)
 from train import Config, Run, main, parse
 
 
@@ -113,10 +115,12 @@ def test_an_evaluation_repeats_its_noise_and_writes_nothing(small, data, tmp_pat
     folder, args = tmp_path / 'run', [f'{tmp_path}/run/ckpt.pt', '--eval_only=True']
     files = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
     loss, before = log_of(folder)[-1]['val_loss'], files()
+    run = Run(parse(args), 0, 1)
+    assert run.evaluate(1024, run.val_data) == loss
     with locked(str(folder)):
         main([*args, f'--out_dir={folder}'])
     out = capsys.readouterr().out
-    assert f'val loss {loss:.4f}' in out and 'not what it was trained on' not in out
+    assert f'val loss {loss:.4f} nats' in out and 'not what it was trained on' not in out
     prepare(tmp_path / 'b', 'b', [(split, 'abc ' * 999) for split in ('train', 'val')], 256)
     main([*args, f'--dataset={tmp_path}/b'])
     assert 'not what it was trained on' in capsys.readouterr().out and files() == before
@@ -167,6 +171,43 @@ def test_only_a_lack_of_memory_is_called_so(small, monkeypatch):
     for says in 'an illegal memory access was encountered', 'unsupported memory format':
         with pytest.raises(RuntimeError, match=says):
             main([*small, '--overwrite=True'])
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
+    path, new = tmp_path / 'run' / 'ckpt.pt', f'--out_dir={tmp_path / "new"}'
+    for name, text in (('a', 'the cat sat on the mat, and '), ('b', 'a fox? ')):
+        prepare(tmp_path / name, name, [('train', text * 99), ('val', text * 99)], 258)
+    train.main([*small, f'--dataset={tmp_path}/a', '--max_iters=1'])
+    prepare(tmp_path / 'c', 'c', [('train', text * 99), ('val', text * 99)], path)  # a's tokens
+    assert 'another tokenizer' in error(path, *small, f'--dataset={tmp_path}/b', new)
+    assert 'another tokenizer' in error(path, f'--dataset={tmp_path}/b', '--eval_only=True')
+    train.main([str(path), *small, f'--dataset={tmp_path}/c', new, '--max_iters=1'])
+    done, meta = log_of(tmp_path / 'run')[-1], json.loads((tmp_path / 'a/meta.json').read_text())
+    bits = done['val_loss'] / math.log(2)               # per token; and a token has 1.1 bytes
+    assert done['val_bpb'] == pytest.approx(bits / meta['bytes_per_token'])
+
+
+@each('how', ['int4/row', 'ternary/tensor/absmean'])
+def test_a_fine_tuned_model_is_packed_without_loss(how, small, full, tmp_path):
+    tuned, packed = tmp_path / 'tuned', tmp_path / 'packed'
+    train.main([str(full / 'ckpt.pt'), 'config/qaft.py', *small, f'--weights={how}',
+                '--max_iters=9', '--sequences=32', f'--out_dir={tuned}'])
+    rtn = [str(tuned / 'ckpt.pt'), '--ptq=rtn', f'--stored={how}', f'--out_dir={packed}']
+    train.main(rtn)
+    for flag in ('--ptq=gptq', '--stored=int3/row'):
+        assert f'--ptq=rtn --stored={how} packs' in error(*rtn, '--sequences=8', flag)
+    a, b = log_of(tuned)[-1], log_of(packed)[-1]
+    assert a['val_loss'] == b['val_loss'] and b['bytes']['linear']['weights'] < 0.6
+
+
+def test_start_from_a_checkpoint(small, full, tmp_path):
+    new = [str(full / 'ckpt.pt'), *small, '--max_iters=1']
+    for i, how in enumerate(('--weights=int8/row', 'config/ternary.py', 'config/direct8.py')):
+        train.main([*new, how, f'--out_dir={tmp_path}/{i}'])
+        assert log_of(tmp_path / str(i))[1]['train_loss'] < 4           # it has learned before
+    ternary, gptq = [tmp_path / '1' / 'ckpt.pt', *small], ['config/gptq.py', '--sequences=8']
+    for flags in (['--stored=int8/row'], gptq, [*gptq, f'--stored={TERNARY}']):
+        assert f'already: use --stored={TERNARY}' in error(*ternary, *flags, '--compute=float')
 
 
 def test_flipped_bits_are_found(full, small, tmp_path):

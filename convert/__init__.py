@@ -119,6 +119,8 @@ def tokenizer_of(words, special, pattern, end):
     """The tokenizer's dict of byte-level BPE: words by id as GPT-2 writes them, {special: id}, of
     which the id `end` ends a document. Bytes that no word stands for, if any, become tokens after
     the others."""
+    if special and end not in special.values():
+        raise ValueError(f'its tokenizer does not say which of {", ".join(special)} ends a text')
     lacking = [c for c in BYTES.values() if c not in set(words)]
     words, n, byte = words + lacking, len(words), {c: chr(b) for b, c in BYTES.items()}
     while not lacking and words[n - 1] in special:      # at the end they are not among the ranks
@@ -160,6 +162,6 @@ def main(argv, usage, types, write, read):
         fail(f'cannot convert {source}: {e}')
     lost = [key for key in ('activations', 'kv_cache') if out and getattr(found[0].config, key)]
     with suppress(OSError):     # nobody need listen
-        print(f'wrote {target}', *(f'{key} may be rounded in another way there' for key in lost),
+        print(f'wrote {target}', *(f'{key} may be rounded otherwise there, or not' for key in lost),
               *[f'on data in its tokens: python train.py {target} --eval_only=True --dataset=..']
               * (not out), sep='; ')

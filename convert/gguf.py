@@ -7,7 +7,8 @@ GGUF files, which llama.cpp and its kin run: a checkpoint out, a model in.
 
 Codes go out as they are, the scale of a group as that of each of its blocks, in float16: ternary
 as TQ2_0, integers of 2 to 4 bits as Q4_0, of 5 to 8 as Q8_0. What none of these holds is F16, or
-F32 beyond its range. Tokens of GPT-2 are decoded there without a space before punctuation.
+F32 beyond its range. Tokens of GPT-2 and Llama 3 are decoded there without a space before
+punctuation.
 """
 import math
 import sys
@@ -52,9 +53,10 @@ def blocks(q, kind):
     # d, the scale of each block, beside its codes
     d = q.scale.reshape(len(q.scale), -1, 1).repeat_interleave(group // size or 1, 1).numpy()
     d, exact = np.broadcast_to(d, (n, width // size, 1)).astype(np.float16), d
-    if (abs(d - exact) > 1e-3 * exact).any():                           # beyond its range
-        return None
     codes = codes.view(n, -1, size).numpy()
+    off = (abs(d - exact) > 1e-3 * exact) & codes.any(-1, keepdims=True)
+    if off.any():                                                       # beyond its range
+        return None
     if kind[0] == 'T':                  # its d is the greatest |w| of a block, and that our scale
         w = (codes * d.astype(np.float32)).reshape(n, width)
         return gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind])
@@ -87,17 +89,20 @@ def write(model, tokenizer, path, choice=''):
     out.add_bos_token_id([*special, 0][0])
     out.add_eos_token_id([*special, 0][0])
     out.add_add_bos_token(False)
-    kinds = (choice or 'TQ2_0', 'Q4_0', 'Q8_0') if choice not in FLOATS else ()
+    kinds, used = (choice or 'TQ2_0', 'Q4_0', 'Q8_0') if choice not in FLOATS else (), {*FLOATS, ''}
     for name, q in exported(model, NAMES[c.flavour], n).items():
         for kind in kinds:
             if (data := blocks(q, kind)) is not None:
                 out.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+                used.add(kind)
                 break
         else:
             w = dequantize(q).numpy()
             half = w.astype(FLOATS.get(choice, np.float16) if w.ndim > 1 else np.float32)
             off = np.linalg.norm(half - w) > 1e-3 * np.linalg.norm(w)   # beyond its range
             out.add_tensor(name, w if off or not np.isfinite(half).all() else half)
+    if choice not in used:
+        raise ValueError(f'it has no codes that --type={choice} holds: leave that out')
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -125,6 +130,8 @@ def read(path):
         raise ValueError('its tokenizer is not whole, or does more than merge pairs in the order '
                          'of its tokens')
     end = meta.get('tokenizer.ggml.eos_token_id')
+    if meta.get('tokenizer.ggml.add_bos_token', pre == 'llama-bpe'):
+        print('note: it adds a token before every text, which train.py leaves out')
     found, default = {}, {'attention.head_count_kv': 0, 'rope.freq_base': Config.rope_theta}
     meta = {key.removeprefix(f'{flavour}.'): value for key, value in meta.items()
             if key.startswith(f'{flavour}.')}

@@ -46,16 +46,21 @@ def packed(name, q, kind):
     """{name: tensor} of a weight as packed codes. ValueError where it is not of that kind."""
     grid, base = integers(q), name.removesuffix('.weight')
     good = ('ternary/tensor',) if kind == 'bitnet' else ('int4/row', 'int8/row')
-    said = f'{q.spec.grid}/{q.spec.group}' if q.spec else 'in full precision'
-    if not grid or said not in good:
+    s = q.spec
+    said = '/'.join(str(word) for word in (s.grid, s.group, s.map, s.sign, s.rotation)
+                    if word not in ('linear', 'symmetric', '')) if s else 'in full precision'
+    if said not in good:
         raise ValueError(f'{name} is {said}, not for --type={kind}: use {" or ".join(good)}')
     codes = levels(q).int()
+    rows, columns = codes.shape
+    if rows % 4 if kind == 'bitnet' else columns % (32 // grid.bits):
+        raise ValueError(f'{name} is {rows} x {columns}, which --type={kind} cannot pack')
     if kind == 'bitnet':                # a byte has codes of four rows, a quarter of all apart
-        four = (codes + 1).view(4, -1, codes.shape[1]) << 2 * torch.arange(4).view(-1, 1, 1)
+        four = (codes + 1).view(4, -1, columns) << 2 * torch.arange(4).view(-1, 1, 1)
         return {name: four.sum(0).to(torch.uint8), f'{base}.weight_scale': 1 / q.scale.view(1)}
     if grid.bits == 8:
         return {name: codes.to(torch.int8), f'{name}_scale': q.scale}
-    words = ((codes + 8).view(len(codes), -1, 8) << 4 * torch.arange(8)).sum(-1)
+    words = ((codes + 8).view(rows, -1, 8) << 4 * torch.arange(8)).sum(-1)
     return {f'{name}_packed': words.to(torch.int32), f'{name}_scale': q.scale,
             f'{name}_shape': torch.tensor(codes.shape)}
 
@@ -106,7 +111,8 @@ def write_tokenizer(tokenizer, folder):
     from transformers import PreTrainedTokenizerFast
     words, merges = words_of(tokenizer)
     special = [*tokenizer['special'], None][0]
-    out = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    out = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges,
+                               ignore_merges=True))     # a word that is a token is not merged
     out.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(tokenizer['pattern']), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -123,6 +129,9 @@ def read(name):
     if c.model_type not in NAMES or len(tokenizer) > c.vocab_size:
         raise ValueError(f'model.py has {" and ".join(NAMES)}, with rows for all tokens; this is '
                          f'{c.model_type}, with {c.vocab_size} of {len(tokenizer)}')
+    ours = read_tokenizer(tokenizer)    # it is small, weights are not
+    if lost := tokenizer('')['input_ids']:
+        print(f'note: it adds {tokenizer.decode(lost)} to every text, which train.py leaves out')
     theirs, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     for key in sorted(info['missing_keys'] | info['unexpected_keys']):
         # transformers would draw it at random, or leave it out
@@ -135,7 +144,7 @@ def read(name):
     weights = {key: w.T if '.c_' in key and w.dim() > 1 else w
                for key, w in theirs.state_dict().items()
                if not (config.tied and key == 'lm_head.weight')}
-    checkpoint = imported(config, read_tokenizer(tokenizer), NAMES[c.model_type], weights)
+    checkpoint = imported(config, ours, NAMES[c.model_type], weights)
     # activations, rope, attention: whatever its config says, it must be the same function
     model = GPT(config, len(checkpoint['model']['wte.weight'])).eval()
     model.load_state_dict(checkpoint['model'])
@@ -152,7 +161,9 @@ def read(name):
 def read_tokenizer(theirs):
     """The dict of a tokenizer of transformers, if it is byte-level BPE and cuts text in a way that
     is known: both agree then on each of its words alone and on this file, for which here are
-    ça, 你好, it's 1234, ½, é, ﬁ, 🙂\t.
+    ça, 你好, it's 1234, ½, é, ﬁ, 🙂\t, a  1 and
+
+1.
     """
     vocab, text = theirs.get_vocab(), Path(__file__).read_text(encoding='utf-8')
     words = sorted(vocab, key=vocab.get)

@@ -18,7 +18,7 @@ from config import save
 from convert import gguf, hf
 from data.tokenizer import encoding, make_tokenizer
 from model import GPT
-from quant import levels, rtn_
+from quant import levels, quantize, rtn_
 from train import Config
 
 TEXTS = [path.read_text(encoding='utf-8') for path in sorted(Path('.').glob('**/*.py'))[:20]]
@@ -66,6 +66,7 @@ def test_transformers_out_and_in(name, tmp_path):
     hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'theirs')], *hf.COMMAND)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'theirs')
     assert torch.allclose(logits(theirs), logits(model), atol=1e-4)
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == 499
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'theirs')
     hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'back.pt')], *hf.COMMAND)
     back, ours = convert.read_checkpoint(str(tmp_path / 'back.pt'))
@@ -79,11 +80,19 @@ def test_transformers_out_and_in(name, tmp_path):
     assert (all_of_them[500:] <= mean + 1e-5).all()
 
 
+def test_bfloat16_for_transformers(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    model = make(tmp_path / 'ckpt.pt', **SHAPES['llama'])
+    hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x'), '--type=bfloat16'], *hf.COMMAND)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'x')
+    assert theirs.dtype == torch.bfloat16 and divergence(logits(model), logits(theirs)) < 1e-4
+
+
 @pytest.mark.parametrize('kind, keys', [
     ('bitnet', dict(weights='ternary/tensor/absmean')), ('bitnet', dict(stored='ternary')),
     ('compressed-tensors', dict(stored='int8/row')),
     ('compressed-tensors', dict(stored='int4/row'))])
-def test_packed_for_transformers(kind, keys, tmp_path):
+def test_packed_for_transformers(kind, keys, tmp_path, capsys):
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('accelerate' if kind == 'bitnet' else 'compressed_tensors')
     model = make(tmp_path / 'ckpt.pt', **SHAPES['llama'], activations='int8/row', **keys)
@@ -91,23 +100,79 @@ def test_packed_for_transformers(kind, keys, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
     # both round activations to int8 a token, but not always a tie or a scale alike
     assert divergence(logits(model), logits(theirs)) < 1e-3
+    assert 'activations may be rounded otherwise' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='not for --type'):
         other = 'bitnet' if kind != 'bitnet' else 'compressed-tensors'
         hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x'), f'--type={other}'], *hf.COMMAND)
     assert not (tmp_path / 'x').exists()
 
 
+@pytest.mark.parametrize('keys, kind, says', [
+    (dict(weights='int4/row/hadamard'), 'compressed-tensors', 'is int4/row/hadamard, not for'),
+    (dict(weights='int4/row', hidden=100), 'compressed-tensors', '192 x 100, which'),
+    (dict(flavour='gpt2', n_head=2, n_kv_head=1), 'float32', 'without grouped heads')])
+def test_what_transformers_cannot_hold(keys, kind, says, tmp_path):
+    pytest.importorskip('transformers')
+    make(tmp_path / 'ckpt.pt', **{**SHAPES['llama'], 'activations': 'int8/row', **keys})
+    with pytest.raises(SystemExit, match=says):
+        hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x'), f'--type={kind}'], *hf.COMMAND)
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    pytest.importorskip('transformers')
+    make(tmp_path / 'ckpt.pt', **SHAPES['llama'])
+    monkeypatch.setattr(hf, 'write_tokenizer', lambda *_: 1 / 0)
+    with pytest.raises(SystemExit, match='cannot convert'):
+        hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')], *hf.COMMAND)
+    assert [*tmp_path.iterdir()] == [tmp_path / 'ckpt.pt']
+
+
 @pytest.mark.parametrize('name', SHAPES)
 @pytest.mark.parametrize('kind', ['F32', 'F16'])
 def test_gguf_out_and_in(name, kind, tmp_path):
-    pytest.importorskip('gguf')
+    library = pytest.importorskip('gguf')
     model = make(tmp_path / 'ckpt.pt', **SHAPES[name])
     gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf'), f'--type={kind}'],
               *gguf.COMMAND)
+    meta = library.GGUFReader(tmp_path / 'x.gguf').fields
+    end, begin, adds = (meta[f'tokenizer.ggml.{key}'].contents()
+                        for key in ('eos_token_id', 'bos_token_id', 'add_bos_token'))
+    assert end == begin == 499 and not adds
     gguf.main([str(tmp_path / 'x.gguf'), str(tmp_path / 'back.pt')], *gguf.COMMAND)
     back, ours = convert.read_checkpoint(str(tmp_path / 'back.pt'))
     assert divergence(logits(model), logits(back)) <= (1e-6 if kind == 'F16' else 1e-9)
     assert ours == make_tokenizer(500, ''.join(TEXTS))
+
+
+@pytest.mark.parametrize('weights', [
+    'int4/32/asymmetric', 'int4/row/asymmetric', 'int4/32/hadamard', 'int4/row/sqrt',
+    'int4/column', 'nvfp4', 'int4/32'])
+def test_what_gguf_has_no_type_for_goes_out_as_floats(weights, tmp_path):
+    pytest.importorskip('gguf')
+    model = make(tmp_path / 'ckpt.pt', **SHAPES['llama'], weights=weights, quantize_head=True)
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf')], *gguf.COMMAND)
+    gguf.main([str(tmp_path / 'x.gguf'), str(tmp_path / 'back.pt')], *gguf.COMMAND)
+    back, _ = convert.read_checkpoint(str(tmp_path / 'back.pt'))
+    assert divergence(logits(model), logits(back)) < 1e-6
+
+
+@pytest.mark.parametrize('stored, kind', [('', 'Q8_0'), ('int8/row', 'TQ1_0'), ('int8', 'Q4_0')])
+def test_a_type_that_holds_nothing_is_refused(stored, kind, tmp_path):
+    pytest.importorskip('gguf')
+    make(tmp_path / 'ckpt.pt', **SHAPES['untied'], stored=stored)
+    with pytest.raises(SystemExit, match=f'no codes that --type={kind} holds'):
+        gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf'), f'--type={kind}'],
+                  *gguf.COMMAND)
+    assert [*tmp_path.iterdir()] == [tmp_path / 'ckpt.pt']
+
+
+def test_a_row_of_zeros_and_noise_go_out_as_codes(tmp_path):
+    q = quantize(torch.randn(4, 64) * torch.tensor([[1.], [0], [1], [1]]), 'int8/row')
+    pytest.importorskip('gguf')
+    assert gguf.blocks(q, 'Q8_0') is not None
+    model = make(tmp_path / 'ckpt.pt', **SHAPES['untied'], weights='ternary/row/stochastic')
+    q = convert.exported(model, gguf.NAMES['llama'], 500)['blk.0.ffn_down.weight']
+    assert torch.equal(q.codes, quantize(model.h[0].mlp.c_proj.weight, 'ternary/row').codes)
 
 
 @pytest.mark.parametrize('how, kind', [
@@ -147,6 +212,28 @@ def test_llama_cpp_runs_it(name, keys, kind, most, tmp_path):
         assert ids == theirs.encode(text) and theirs.decode(ids) == text.encode()
 
 
+@pytest.mark.parametrize('name', ['bytes', *convert.PATTERNS])
+def test_every_way_to_cut_text_is_known_elsewhere(name, tmp_path, monkeypatch):
+    """Also a token that no merge makes, as it is a word."""
+    transformers, _ = map(pytest.importorskip, ('transformers', 'xllamacpp'))
+    from experiments.llamacpp import Model
+    made = make_tokenizer(256)
+    if name != 'bytes':
+        made = make_tokenizer(450, ''.join(TEXTS))
+        ranks = list(dict.fromkeys([*made['ranks'], '12', '123', '  ', '\n\n', 'qzjx']))
+        made |= {'pattern': convert.PATTERNS[name], 'ranks': ranks, 'vocab_size': len(ranks) + 1,
+                 'special': {'<|endoftext|>': len(ranks)}}
+    monkeypatch.setitem(globals(), 'make_tokenizer', lambda *_: made)
+    make(tmp_path / 'ckpt.pt', **SHAPES['llama'])
+    gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x.gguf')], *gguf.COMMAND)
+    hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')], *hf.COMMAND)
+    there, enc = Model(tmp_path / 'x.gguf', 64), encoding(made)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'x')
+    for text in (*TEXTS[:5], "1234 12345, it'S  1\n\n1\n\nx"):
+        assert there.encode(text) == tokenizer.encode(text) == enc.encode_ordinary(text)
+    assert tokenizer.encode('qzjx') == enc.encode_ordinary('qzjx')
+
+
 def test_what_float16_cannot_hold_is_float32(tmp_path):
     library = pytest.importorskip('gguf')
     make(tmp_path / 'ckpt.pt', **SHAPES['untied'], stored='int8/row', scale=1e-6)
@@ -174,6 +261,9 @@ def test_what_float16_cannot_hold_is_float32(tmp_path):
      'context_length is 500'),
     (lambda _, tensors: tensors.update({'output.weight': replace(tensors['blk.0.attn_q.weight'])}),
      'output.weight has 256 rows for 500'),
+    (lambda _, tensors: tensors.update({'rope_freqs.weight':
+                                        replace(tensors['output_norm.weight'])}), 'rope_freqs'),
+    (lambda meta, _: meta['tokenizer.ggml.eos_token_id'].__setattr__('value', 5), 'ends a text'),
     (lambda _, tensors: tensors.pop('output_norm.weight'), 'output_norm.weight')])
 def test_a_gguf_that_is_not_like_ours(change, says, tmp_path, monkeypatch):
     library = pytest.importorskip('gguf')
@@ -185,6 +275,17 @@ def test_a_gguf_that_is_not_like_ours(change, says, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=says):
         gguf.main([str(tmp_path / 'x.gguf'), str(tmp_path / 'back.pt')], *gguf.COMMAND)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'x.gguf']
+
+
+def test_a_token_before_every_text_is_told_of(tmp_path, monkeypatch, capsys):
+    library = pytest.importorskip('gguf')
+    make(tmp_path / 'ckpt.pt', **SHAPES['untied'])
+    for adds in False, True:
+        monkeypatch.setattr(library.GGUFWriter, 'add_add_bos_token', lambda out, _: out.add_bool(
+            'tokenizer.ggml.add_bos_token', adds))
+        gguf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / f'{adds}')], *gguf.COMMAND)
+        gguf.main([str(tmp_path / f'{adds}'), str(tmp_path / f'{adds}.pt')], *gguf.COMMAND)
+        assert ('before every text' in capsys.readouterr().out) == adds
 
 
 @pytest.mark.parametrize('args, says', [
@@ -275,6 +376,7 @@ def change_config(**new):
 
 @pytest.mark.parametrize('name, file, change, says', [
     ('gpt2', 'config.json', change_config(activation_function='relu'), 'something else'),
+    ('gpt2', 'config.json', change_config(activation_function='gelu'), 'something else'),
     ('gpt2', 'config.json', change_config(n_layer=3), 'do not fit'),
     ('gpt2', 'config.json', change_config(model_type='gpt_neo'), 'gpt_neo'),
     ('gpt2', 'config.json', change_config(scale_attn_by_inverse_layer_idx=True), 'something else'),
