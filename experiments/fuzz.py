@@ -116,7 +116,7 @@ def call(argv, run=train.main, dry_run=None):
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), \
-                mock.patch.object(train, 'dry_run', dry_run or (lambda config: None)):
+                mock.patch.object(train, 'dry_run', dry_run or (lambda *_: None)):
             run(list(argv))
         return out.getvalue()
     except SystemExit as e:
