@@ -689,7 +689,16 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert f'| {name} | {cells[0]} | {cells[1]} |' in page, (name, cells)
     tiny = [runs.results_of(runs.RESULTS / f'direct-tiny-{corpus}.jsonl', sum(
         direct.jobs_of('tiny', corpus).values(), [])) for corpus in found]
-    _, rows, tries, _, changes, told = tables('Direct training')
+    _, rows, large, tries, _, changes, told = tables('Direct training')
+    results = runs.results_of(runs.RESULTS / 'direct-large-python.jsonl',
+                              direct.jobs_of('large', 'python', [14])['hard'])
+    assert len(large) == len(results)
+    for name, *cells in large:
+        r, = (r for r in results if r['name'] == name)
+        step = next(step for step, _, copied in r['evaluations'] if copied >= 0.5)
+        size = r['bytes']['linear']
+        assert cells == [f'{r["val_loss"]:.3f}', f'{r["loss_on_train"]:.3f}', f'{step:,}',
+                         f'{size["weights"]:.2f} + {size["optimizer"]:.2f}'], name
     for name, *cells in rows:
         name = name.replace(', one scale per tensor', '')
         for results, cell in zip([*found.values(), *tiny], cells):
