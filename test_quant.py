@@ -1112,6 +1112,7 @@ def test_a_signal_ends_a_saved_run(steps, methods, number, small, tmp_path, monk
     assert checkpoint(tmp_path / 'run')['iter'] == 1 and signal.getsignal(number) == before
     with pytest.raises(KeyboardInterrupt), train.finishing_steps():     # it ends compilers, too
         os.kill(os.getpid(), number) or torch.ones(2) @ torch.ones(3)
+    assert 'this step is not saved: ' in capfd.readouterr().err
 
 
 def test_killed_while_saving_and_resumed(small, tmp_path):

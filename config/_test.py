@@ -61,6 +61,7 @@ def test_an_argument_that_another_would_undo_is_refused(full, small):
     for flag, key in ('--seed=3', 'seed'), ('--init_from=resume', 'init_from'):
         assert f'would undo {key}' in error(flag, path, *small)
     assert parse([path, 'config/qaft.py']).out_dir == f'out/{full.name}-qaft'
+    assert parse(['--out_dir=x/']).out_dir == 'x'                       # its hints name x, not x/
     assert 'log_interval = 0 must be at least 1' in error(*small, '--log_interval=0')
     for key, x in ('n_head', 1), ('norm_eps', 0.1), ('tied', False):
         assert f'another {key}' in error(path, *small[:-1], f'--out_dir={full}x', f'--{key}={x}')
@@ -173,7 +174,7 @@ def test_only_a_lack_of_memory_is_called_so(small, monkeypatch):
             main([*small, '--overwrite=True'])
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
+def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path, monkeypatch):
     path, new = tmp_path / 'run' / 'ckpt.pt', f'--out_dir={tmp_path / "new"}'
     for name, text in (('a', 'the cat sat on the mat, and '), ('b', 'a fox? ')):
         prepare(tmp_path / name, name, [('train', text * 99), ('val', text * 99)], 258)
@@ -185,6 +186,11 @@ def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path):
     done, meta = log_of(tmp_path / 'run')[-1], json.loads((tmp_path / 'a/meta.json').read_text())
     bits = done['val_loss'] / math.log(2)               # per token; and a token has 1.1 bytes
     assert done['val_bpb'] == pytest.approx(bits / meta['bytes_per_token'])
+    begun = []                                          # without a prompt, by the end of a text
+    monkeypatch.setattr(train.GPT, 'generate', lambda _, idx, *rest: begun.append(idx) or [])
+    args = [str(path), f'--dataset={tmp_path}/a', '--eval_only=True', '--prompt=']
+    Run(parse(args), 0, 1).sample()
+    assert begun[0].tolist() == [[257]] and [*meta['special'].values()] == [257]
 
 
 @each('how', ['int4/row', 'ternary/tensor/absmean'])

@@ -89,7 +89,8 @@ def write(model, tokenizer, path, choice=''):
     out.add_bos_token_id([*special, 0][0])
     out.add_eos_token_id([*special, 0][0])
     out.add_add_bos_token(False)
-    kinds, used = (choice or 'TQ2_0', 'Q4_0', 'Q8_0') if choice not in FLOATS else (), {*FLOATS, ''}
+    kinds = (choice or 'TQ2_0', 'Q4_0', 'Q8_0') if choice not in FLOATS else ()
+    used = {*FLOATS, ''}
     for name, q in exported(model, NAMES[c.flavour], n).items():
         for kind in kinds:
             if (data := blocks(q, kind)) is not None:

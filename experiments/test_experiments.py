@@ -699,6 +699,15 @@ def test_the_page_says_what_was_measured_of_direct_training():
         size = r['bytes']['linear']
         assert cells == [f'{r["val_loss"]:.3f}', f'{r["loss_on_train"]:.3f}', f'{step:,}',
                          f'{size["weights"]:.2f} + {size["optimizer"]:.2f}'], name
+    base, *others = (next(r for r in results if r['name'] == name)
+                     for name in (direct.TERNARY, direct.ROWS, direct.ADAMW))
+    for other, percent, nats in zip(others, ('.7', '.6'), ('.28', '.35')):     # at step 1,200
+        below = 1 - base['val_loss'] / other['val_loss']
+        early = dict((step, loss) for step, loss, _ in other['evaluations'])[1200] - dict(
+            (step, loss) for step, loss, _ in base['evaluations'])[1200]
+        assert (f'{100 * below:.1f}', f'{early:.2f}') == ('0' + percent, '0' + nats)
+        assert f'{percent} % below that of' in page and nats in page
+    assert 'level with AdamW and BitNet (one seed)' in readme
     for name, *cells in rows:
         name = name.replace(', one scale per tensor', '')
         for results, cell in zip([*found.values(), *tiny], cells):
