@@ -459,7 +459,7 @@ def requantize(g, q, how, key):
     s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
     # both as rows in memory: a CPU rounds along columns three times slower
-    g, x = (in_memory(t.contiguous()) for t in (g, dequantize(q).T))
+    g, x = (in_memory(t.contiguous()) for t in (g, dequantize(q, g.dtype).T))
     rounded = quantize(g, s, key, packed=False), quantize(x, other, packed=False)
     return matmul(*rounded, how.compute == 'codes', g.dtype)
 
