@@ -7,6 +7,8 @@ Either may have few bits. v is a row and a column. Model and text are those of
 experiments.pretraining. Writes results/bits.jsonl, one line a run, .md and .png. 45 runs: an hour
 on two cores; finished ones are skipped.
 """
+import math
+
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
                               parser_of, report, run_all)
 
@@ -37,7 +39,9 @@ def jobs(seeds):
 def bits(results, code, m):
     """Of a code and of its e, with their scales, read off what was held; v does not count."""
     size = {r['name'].split(' of ')[1]: r['bytes']['linear'] for r in results
-            if r['name'].startswith(f'{code},')}
+            if r['name'].startswith(f'{code},') and r['val_loss']}
+    if not {m, '32 bits'} <= size.keys():       # none of their runs has ended
+        return math.nan, math.nan
     rest = 8 * size['32 bits']['optimizer'] - 32        # v, and the moments of scales
     return 8 * size[m]['weights'], 0.0 if m == 'none' else 8 * size[m]['optimizer'] - rest
 

@@ -84,5 +84,5 @@ if __name__ == '__main__':
         file = measure()
     try:
         plot(file, json.loads(file.read_text(encoding='utf-8')))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, LookupError, TypeError) as e:
         parser.error(f'cannot draw {file}, which should be a result of this program: {e!r}')

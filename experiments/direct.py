@@ -20,7 +20,8 @@ import re
 import statistics
 
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
-                              parser_of, report, results_of, run_all, seeded, table)
+                              load, parser_of, report, results_of, run_all, run_one, seeded,
+                              table)
 
 ADAMW, PLAIN, ROWS, TERNARY, MUON, BITNET, INT8, BF16 = SIDES = (
     'AdamW', 'AdamW without momentum', 'BitNet, per-row scales', 'direct ternary', 'Muon', 'BitNet',
@@ -191,6 +192,15 @@ def jobs_of(size, dataset, seeds=(14, 15, 16, 17, 18)):
             for section, found in rows(chosen(size)).items()}
 
 
+def run_and_infer(job):
+    """run_one, and of int8 codes the loss of the same model with ternary weights."""
+    result = run_one(job)
+    if job.name == 'stored in int8' and result['val_loss'] is not None:
+        run = load(job, '--weights=ternary/row/absmean')
+        result['loss_as_ternary'] = run.evaluate(run.config.final_tokens, run.val_data)
+    return result
+
+
 def main(options):
     size, path = options.size, lambda dataset: RESULTS / f'direct-{options.size}-{dataset}.jsonl'
     if size != 'large':
@@ -198,7 +208,7 @@ def main(options):
         run_all(path('python'), every_try(size, [s for s in SIDES if s in used]), options.jobs)
     jobs = jobs_of(size, options.dataset, options.seeds)
     run_all(path(options.dataset), [job for section in options.sections for job in jobs[section]],
-            options.jobs)
+            options.jobs, run=run_and_infer)
     results = results_of(path(options.dataset), sum(jobs.values(), []))
     tried = results_of(path('python'), every_try(size))
     inferred = [{**r, 'name': f'{r["name"]}, as ternary', 'val_loss': r.get('loss_as_ternary')}
@@ -220,8 +230,7 @@ def main(options):
 
 if __name__ == '__main__':
     parser = parser_of(__doc__, [14, 15, 16, 17, 18])
-    parser.add_argument('--size', choices=[size for size in SIZES if size != 'gpt2'],
-                        default='tiny')
+    parser.add_argument('--size', choices=SIZES, default='tiny')
     parser.add_argument('--dataset', choices=('python', 'sympy'), default='python')
     parser.add_argument('--sections', nargs='*', choices=rows(HOW), default=[*rows(HOW)])
     main(parser.parse_args())

@@ -225,8 +225,7 @@ def main(configs=200, seed=0):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--configs', type=int, default=200, choices=range(1, 10 ** 6),
-                        metavar='N')
+    parser.add_argument('--configs', type=int, default=200)
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
     sys.exit(main(options.configs, options.seed) > 0)

@@ -7,6 +7,7 @@ exports a checkpoint as GGUF, in codes and as F16, and measures what llama.cpp m
 val.bin: divergence from the model here with float activations, bits per byte there and here, and
 tokens of 20 files of its text. It replaces results/llamacpp.json.
 """
+import argparse
 import ctypes as C
 import importlib.util
 import json
@@ -169,10 +170,12 @@ def compare(path, windows=64):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        fail('give a checkpoint: python -m experiments.llamacpp out/ternary/ckpt.pt')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint')
+    checkpoint = parser.parse_args().checkpoint
     try:
-        result = compare(sys.argv[1])
+        result = compare(checkpoint)
     except ImportError as e:
         fail(f'{e}; pip install -r convert/requirements.txt')
     except ValueError as e:

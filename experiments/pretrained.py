@@ -16,7 +16,6 @@ import glob
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import random
 import time
@@ -31,7 +30,7 @@ from convert import gguf, read_checkpoint
 from data.corpus import read_files, split_files
 from data.tokenizer import encoding
 from experiments.llamacpp import rounded
-from experiments.runs import RESULTS, ROOT, machine, read
+from experiments.runs import RESULTS, ROOT, interval, machine, read
 from quant import dequantize, gptq_, linears, quantize, rtn_
 
 T, WINDOWS, CALIBRATION, TEXTS = 512, 32, 64, ('english', 'python')
@@ -151,10 +150,8 @@ def measure(name, row, base, data, full):
     result = {'name': name, 'bits': bits, 'seconds': time.perf_counter() - began,
               'threads': torch.get_num_threads()}
     for text, (_, windows) in data.items():
-        rise = window_losses(model, windows) - full[text]
-        # of the mean, 95 % by Student's t of 31 degrees of freedom
-        result[text] = {'rise': rise.mean().item(),
-                        'within': 2.040 * rise.std().item() / math.sqrt(len(rise))}
+        rise, within = interval((window_losses(model, windows) - full[text]).tolist())
+        result[text] = {'rise': rise, 'within': within}         # 95 % by Student's t
     return result
 
 

@@ -50,7 +50,6 @@ SIZES = {  # name: arguments for train.py that come before all others
     'default': [],
     'large': ['--n_layer=8', '--n_embd=640', '--n_head=10', '--batch_size=4', '--max_iters=5000',
               '--warmup_iters=200'],                                            # 41M, 11 times
-    'gpt2': ['config/gpt2.py', '--max_iters=5000'],
 }
 
 
@@ -61,9 +60,10 @@ class Job(NamedTuple):
 
     @property
     def mark(self):
-        """A digest of what is not the default, after a checkpoint of all that is given, and matters
-        to the loss: a run whose config file changed is another. A default of train.Config that
-        changed is not seen: remove the lines that had the old one."""
+        """A digest of the seed, the idea and all arguments that matter to the loss and are not the
+        default (after a checkpoint, also of those that are): a run whose config file changed is
+        another. A default of train.Config that changed is not seen: remove the lines that had the
+        old one."""
         default, given = asdict(train.Config()), keys(self.args)
         changed = {k: v for k, v in given.items() if k not in ('out_dir', 'compile')
                    and (v != default[k] or given.get('checkpoint'))}
@@ -133,8 +133,7 @@ def load(job, *more):
 
 def run_one(job):
     """Train once, in this process; the result line. A run whose loss is no longer finite has
-    val_loss None; any other failure of it raises RuntimeError with its last words. Of codes with
-    more levels than three, loss_as_ternary is that of the same model with ternary weights."""
+    val_loss None; any other failure of it raises RuntimeError with its last words."""
     given, failed, mark, folder = keys(job.args), '', job.mark, job.folder
     unfinished = (folder / 'ckpt.pt').exists() and not given.get('ptq')
     args = ['--init_from=resume'] if unfinished else \
@@ -156,10 +155,6 @@ def run_one(job):
         {key: last[key] for key in ('val_loss', 'val_bpb', 'loss_on_train', 'tokens', 'bytes',
                                     'levels', 'seconds')}
     tests = [[e['iter'], e['val_loss'], e.get('copying')] for e in log if 'val_loss' in e]
-    coarse = 'ternary' in given.get('stored', '') + given.get('weights', '')
-    if not failed and given.get('stored') and not given.get('ptq') and not coarse:
-        run = load(job, '--weights=ternary/row/absmean')
-        kept['loss_as_ternary'] = run.evaluate(run.config.final_tokens, run.val_data)
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': mark, **kept,
             'weights': weights(train.Config(**first['config'])),
             'evaluations': tests, 'threads': torch.get_num_threads(), 'sha256': first['sha256'],
@@ -195,14 +190,14 @@ def probed():
         train.Run.report = original
 
 
-def start_worker(threads, free=None):
+def start_worker(threads, free):
     """Set up a process that will train, and that ends with the program which started it: threads,
     cores, memory, and stochastic rounding. Its noise is compiled, and stays the same to the bit;
     eager, it would take half the time of runs that quantize g."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # between runs it ends without a word
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
-    if free and hasattr(os, 'sched_setaffinity'):
+    if hasattr(os, 'sched_setaffinity'):
         ours = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {ours[free.get()] for _ in range(threads)})
     train.tell_system()
@@ -309,11 +304,12 @@ def seeded(rows, claims, seeds):
 
 
 def parser_of(doc, seeds=None):
-    """An argument parser with --seeds and --jobs. ROOT, where config/ is, becomes the current
-    folder."""
+    """An argument parser with --jobs and, where `seeds` are given, --seeds. ROOT, where config/ is,
+    becomes the current folder."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=seed, nargs='+', default=seeds)
+    if seeds:
+        parser.add_argument('--seeds', type=seed, nargs='+', default=seeds)
     parser.add_argument('--jobs', type=int, default=2, choices=range(1, 65), metavar='N',
                         help='runs at a time, sharing the cores')
     os.chdir(ROOT)
@@ -433,8 +429,9 @@ def percents(found):
 
 def table(results, reference, names):
     """Lines of a markdown table: loss over seeds, difference from `reference`, and bytes."""
-    lines = ['| run | seeds | val loss | train loss | difference, 95 % interval | tokens a weight '
-             '| bytes: weight + states |', '|---|---|---|---|---|---|---|']
+    lines = ['| run | seeds | val loss ± standard deviation | train loss | difference, 95 % '
+             'interval | tokens a weight | bytes in training: weight + states |',
+             '|---|---|---|---|---|---|---|']
     for name in names:
         rows = [r for r in results if r['name'] == name]
         values = list(losses(results, name).values())

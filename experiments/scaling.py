@@ -24,7 +24,6 @@ standard deviation of the loss over seeds in full precision, is neither fitted n
 Every D has a run with a cosine of its own. Branches that decay from one run at a constant rate
 would read less, but they would take machinery that nothing else needs.
 """
-import argparse
 import copy
 import json
 import math
@@ -37,8 +36,8 @@ from collections import defaultdict
 import numpy as np
 
 from data.corpus import folder_of
-from experiments.runs import (RESULTS, ROOT, Job, arguments, decide, interval, keys, load, report,
-                              results_of, run_all, run_one)
+from experiments.runs import (RESULTS, Job, arguments, decide, interval, keys, load, parser_of,
+                              report, results_of, run_all, run_one)
 from quant import gptq_, rtn_
 
 # width: megabytes of text to train on; 8 at widths of 144 and 208 would take more than an hour
@@ -459,14 +458,11 @@ STEPS = {'sweep': lambda options: train_all(False, options.jobs), 'predict': pre
          'plot': plot, 'plan': plan}
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument('steps', nargs='*', choices=[*STEPS, []], metavar='STEP')
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, sharing the cores')
     for name in ('compute', 'memory', 'tokens'):
         parser.add_argument(f'--{name}', type=float, default=math.inf, help='what plan may use: '
                             '6 N D operations, bytes of weights, bytes of text')
-    os.chdir(ROOT)                                      # where config/ is
     options = parser.parse_args()
     for step in options.steps or ('sweep', 'predict', 'plot'):
         STEPS[step](options)

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import time
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,11 +56,6 @@ def small(data):
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch):
     monkeypatch.chdir(ROOT)             # where config/ is
-
-
-def log_of(folder):
-    with open(folder / 'log.jsonl', encoding='utf-8') as f:
-        return [json.loads(line) for line in f]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -175,10 +172,27 @@ def test_an_idea_moves_ternary_codes_and_leaves_no_trace(name, small, tmp_path):
         train.main(['config/ternary.py', *small, '--max_iters=3', '--code_lr=1.',
                     f'--out_dir={tmp_path / "run"}'])
     assert getattr(place, what) is before
-    flips = [line['flips'] for line in log_of(tmp_path / 'run') if 'flips' in line]
+    flips = [line['flips'] for line in runs.read(tmp_path / 'run' / 'log.jsonl') if 'flips' in line]
     assert 0 < max(flips) < 1
     weights = torch.load(tmp_path / 'run' / 'ckpt.pt', weights_only=True)['model']
     assert all(p.abs().max() < 2 for k, p in weights.items() if not k.endswith('codes'))
+
+
+def test_what_an_idea_keeps_of_a_step():
+    """Of codes that are not at an end: less than a level, at most half of one, or nothing."""
+    for idea, least, most in (('none', 0.6, 1), ('half', 0, 0.5), ('nothing', 0, 0),
+                              ('emptied', 0.6, 1)):
+        generator = torch.Generator().manual_seed(0)
+        w = quant.quantize(torch.randn(8, 64, generator=generator), 'ternary/row')
+        e, v = (quant.QTensor(torch.zeros(8, 64)) for _ in range(2))
+        scales = [quant.QTensor(torch.zeros_like(w.scale)) for _ in range(2)]
+        h = torch.tensor([0.7, 0, 0.9, 0.9, 1, 1, 1e-8, 1])
+        for key in torch.arange(3, dtype=torch.int32):
+            g = torch.randn(8, 64, generator=generator)
+            ideas.direct_step(idea)(w, g, e, v, *scales, h, h, key)
+        kept = e.codes.abs()
+        assert least <= kept[quant.levels(w) == 0].max() <= most
+        assert (kept == 1).any() == (idea in ('none', 'half'))          # at an end
 
 
 def test_a_side_takes_the_rate_that_ends_lowest(tmp_path, monkeypatch):
@@ -280,13 +294,14 @@ def test_an_experiment_goes_on_where_it_stopped(small, elsewhere):
     path = elsewhere / 'results.jsonl'
     todo = [runs.Job('one', ['config/ternary.py', *small, '--idea=sign'], 1),
             runs.Job('two', [*small, '--learning_rate=1e18'], 1),
-            runs.Job('three', ['config/direct8.py', *small], 1)]
+            runs.Job('stored in int8', ['config/direct8.py', *small], 1)]
     train.main([*runs.plain(todo[0].args), '--seed=1', f'--out_dir={todo[0].folder}'])
     log, seen = todo[0].folder / 'log.jsonl', []
-    whole = log_of(log.parent)[-1]['val_loss']
+    whole = runs.read(log)[-1]['val_loss']
     log.write_text(''.join(log.open().readlines()[:-1]))                # stopped before the end
     with pytest.raises(SystemExit, match='1 of 4 runs failed: bad: error: no dataset'):
-        runs.run_all(path, [runs.Job('bad', [*small, '--dataset=nowhere'], 1), *todo], 1, ['one'])
+        runs.run_all(path, [runs.Job('bad', [*small, '--dataset=nowhere'], 1), *todo], 1, ['one'],
+                     run=direct.run_and_infer)
     with path.open('a') as f:
         f.write('{"name"')                                              # a disk was full
     one, two, three = runs.run_all(path, todo, 1)
@@ -346,7 +361,14 @@ def test_text_to_fine_tune_on_was_never_read(tiny):
     assert new and val and not new & val
 
 
-def test_quantized_after_training_and_looked_at(tiny, capsys):
+def test_rates_are_chosen_on_other_text_than_losses_are_of(monkeypatch):
+    monkeypatch.setattr(ptq, 'part_losses', lambda run, data, starts: {*starts})
+    run = SimpleNamespace(config=SimpleNamespace(block_size=4), val_data=range(1001))
+    choose, report = (ptq.half(run, which, 10 ** 6) for which in (0, 1))
+    assert not choose & report and choose | report == {*range(0, 1000, 4)}
+
+
+def test_quantized_after_training_and_looked_at(tiny):
     """The post-training experiment from its first run to its tables, of a tiny model."""
     for module in ('scipy', 'matplotlib'):
         pytest.importorskip(module)
@@ -417,6 +439,22 @@ def test_what_pretraining_looks_at(small, elsewhere):
     pytest.importorskip('scipy')
     said = pretraining.look_lines(results)
     assert len(said) == 5 and '**FAIL**' in said[2] and all('[' in line for line in said[2:])
+
+
+class Copier(torch.nn.Module):
+    """Knows which token came after which in its sequence, and nothing else."""
+    def forward(self, x, y):
+        pairs = [[*zip(*rows)] for rows in zip(x.tolist(), y.tolist())]
+        return torch.tensor([0.0 if pair in row[:i] else math.log(64)
+                             for row in pairs for i, pair in enumerate(row)]).mean()
+
+
+def test_copying_is_what_a_repeated_sequence_costs_less():
+    run = SimpleNamespace(config=SimpleNamespace(block_size=16), model=Copier(),
+                          meta={'vocab_size': 10 ** 6}, device='cpu')
+    assert runs.copying(run) == pytest.approx(math.log(64))
+    run.model.forward = lambda x, y: torch.tensor(4.0)
+    assert runs.copying(run) == pytest.approx(0)
 
 
 def test_a_verdict_needs_more_than_chance():
@@ -490,6 +528,17 @@ def test_random_configurations_are_refused_in_a_line_or_carried_through(capsys):
 
 # ------------------------------------------------------------------------------------------------
 # the scaling laws
+
+def test_the_fuzz_sees_what_is_wrong():
+    for bad in (lambda argv: 1 / 0, lambda argv: sys.exit('Traceback'),
+                lambda argv: sys.exit('error: ValueError: x')):
+        with pytest.raises(fuzz.Failure):
+            fuzz.call([], bad)
+    assert fuzz.call([], lambda argv: sys.exit('error: no')) == 'error: no'
+    a = {'model': {'w': torch.ones(2)}, 'iter': 1, 'seconds': 1.0, 'config': {}}
+    assert fuzz.equal(a, {**a, 'seconds': 2.0}) and not fuzz.equal(a, {**a, 'iter': 2})
+    assert not fuzz.equal(a, {**a, 'model': {'w': torch.zeros(2)}})
+
 
 def test_the_scaling_laws_give_the_numbers_of_the_paper():
     c, P = scaling.PUBLISHED, np.linspace(2, 16, 2801)
@@ -583,6 +632,8 @@ def test_the_scaling_experiment_finds_the_laws_again(form, tmp_path, monkeypatch
     told = capsys.readouterr().out
     assert (tmp_path / 'scaling.png').exists() and ('by form B' in told or form == 'A')
     told = scaling.read('-predictions.json')
+    delta = {p['name']: p['delta'] for p in scaling.measured(held=False)[1]}
+    assert all(x == delta[name.replace('d=208', 'd=144')] for name, x in told['copy'].items())
     monkeypatch.setattr(scaling, 'run_all', lambda *_, **__: None)
     (tmp_path / 'scaling-fit.json').unlink()
     scaling.predict(options)                            # again: what was predicted stays
@@ -591,6 +642,12 @@ def test_the_scaling_experiment_finds_the_laws_again(form, tmp_path, monkeypatch
         compute=1e13, memory=math.inf, tokens=math.inf))
     assert name == 'full precision' and 6 * N * D == pytest.approx(1e13, rel=0.05)
     assert all(loss < scaling.full_loss(found['base'], N * x, D / x) for x in (0.7, 1.4))
+
+
+def test_what_a_law_does_not_say_is_an_error_of_all():
+    told = {'A': {}, 'B': {'x': 1.5}, 'copy': {}}
+    points = [{'name': 'x', 'of': 'w2', 'delta': 1.0}, {'name': 'y', 'of': 'kv2', 'delta': 0.3}]
+    assert scaling.score(told, points, 0.1)['all'] == (1, {'A': 100, 'B': 50, 'copy': 100})
 
 
 def test_what_the_data_do_not_tell_is_unresolved(tmp_path, monkeypatch):
@@ -674,6 +731,29 @@ def test_the_commands_of_the_readme(small, tmp_path):
     done = subprocess.run([sys.executable, 'train.py', 'config/ternary.py', *small,
                            f'--out_dir={tmp_path}'], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and 'bits/byte' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('stem', [
+    'bits', 'memory', 'pretraining', 'ptq', 'scaling', 'direct-tiny-python', 'direct-tiny-sympy',
+    'direct-small-python', 'direct-default-python', 'direct-default-sympy', 'direct-large-python'])
+def test_a_report_says_what_is_in_the_results(stem, tmp_path, monkeypatch):
+    """It is made anew, without a run, of the lines that are there."""
+    for module in ('scipy', 'matplotlib'):
+        pytest.importorskip(module)
+    for file in runs.RESULTS.glob('*.json*'):
+        shutil.copy(file, tmp_path)
+    name, *more = stem.split('-')
+    program = sys.modules[f'experiments.{name}']
+    monkeypatch.setattr(program, 'RESULTS', tmp_path)
+    monkeypatch.setattr(program, 'run_all', lambda path, jobs, *_, **__:
+                        runs.results_of(path, jobs))
+    monkeypatch.setattr(ptq, 'make_text', lambda model: None)
+    options = argparse.Namespace(
+        jobs=1, models=[*ptq.PLANS], sections=[], seeds=range(14, 19) if more else range(11, 16),
+        **dict(zip(('size', 'dataset'), more)))
+    (program.plot if program is scaling else program.main)(options)
+    said, kept = ((folder / f'{stem}.md').read_text('utf-8') for folder in (tmp_path, runs.RESULTS))
+    assert said == kept and (tmp_path / f'{stem}.png').exists()
 
 
 def test_the_page_says_what_was_measured_of_direct_training():
