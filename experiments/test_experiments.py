@@ -763,10 +763,12 @@ def test_the_page_says_what_was_measured_of_direct_training():
     found = {corpus: runs.results_of(
         runs.RESULTS / f'direct-default-{corpus}.jsonl',
         sum(direct.jobs_of('default', corpus).values(), [])) for corpus in ('python', 'sympy')}
+    small = runs.results_of(runs.RESULTS / 'direct-small-python.jsonl',
+                            sum(direct.jobs_of('small', 'python').values(), []))
     for name in direct.TERNARY, direct.PLAIN, direct.ADAMW, direct.HALF, direct.ROWS:
-        cells = [sorted(runs.losses(results, name).items()) for results in found.values()]
+        cells = [sorted(runs.losses(results, name).items()) for results in (*found.values(), small)]
         cells = [', '.join(f'{loss:.3f}' for _, loss in cell) for cell in cells]
-        assert f'| {name} | {cells[0]} | {cells[1]} |' in page, (name, cells)
+        assert f'| {name} | {" | ".join(cells)} |' in page, (name, cells)
     tiny = [runs.results_of(runs.RESULTS / f'direct-tiny-{corpus}.jsonl', sum(
         direct.jobs_of('tiny', corpus).values(), [])) for corpus in found]
     _, rows, large, tries, _, changes, told = tables('Direct training')
@@ -790,7 +792,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
     assert 'level with AdamW and BitNet (one seed)' in readme
     for name, *cells in rows:
         name = name.replace(', one scale per tensor', '')
-        for results, cell in zip([*found.values(), *tiny], cells):
+        for results, cell in zip([*found.values(), small, *tiny], cells):
             if len(runs.losses(results, name)) > 2:
                 mean, half = runs.compare(results, direct.TERNARY, name)
                 assert cell == f'{mean:+.1f} % ({mean - half:+.1f} to {mean + half:+.1f})', name
@@ -840,6 +842,17 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert says.format(f'{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})') in page, side
     mean, half = runs.compare(tiny[0], direct.ADAMW, direct.HALF)
     assert f'worse by {mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})' in page
+    mean, half = runs.compare(small, direct.TERNARY, direct.ROWS)
+    assert f'{-mean:.1f} % on average ({-mean - half:.1f} to {half - mean:.1f})' in page
+    assert max(runs.differences(small, direct.TERNARY, direct.ROWS)) < 0
+    mean, half = runs.compare(small, direct.TERNARY, direct.PLAIN)
+    assert abs(mean) < half
+    copied = {name: [r['evaluations'][-1][2] for r in small if r['name'] == name]
+              for name in (direct.TERNARY, direct.PLAIN, direct.ADAMW, direct.ROWS, direct.HALF)}
+    assert [sum(x >= 0.6 for x in xs) for xs in copied.values()] == [5, 4, 3, 3, 0]
+    assert min(copied[direct.TERNARY]) >= 1
+    assert {word for word in runs.claim_lines(small, direct.CLAIMS) if '**' in word} == {
+        word for word in runs.claim_lines(small, direct.CLAIMS) if 'UNRESOLVED' in word}
     for results in found.values():
         mean, half = runs.compare(results, direct.TERNARY, direct.ROWS)
         said = f'{-mean:.1f} % ({-mean - half:.1f} to {half - mean:.1f})'
