@@ -998,7 +998,6 @@ def test_the_page_says_what_was_measured_of_a_real_model():
 
 @pytest.mark.parametrize('section, place, file, columns', [
     ('Speed and memory', 0, 'bench-amd-epyc-2-cores-avx512.json', slice(1, 7)),
-    ('Speed and memory', 1, 'bench-rows-amd-epyc-2-cores-avx512.json', slice(1, 2)),
     ('On a GPU', 0, 'bench-rows-nvidia-h200.json', slice(1, 5)),
     ('What a GPU would run', 0, 'fusion.json', slice(2, 5))])
 def test_the_page_says_what_was_measured_of_speed(section, place, file, columns):
