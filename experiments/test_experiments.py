@@ -1019,6 +1019,26 @@ def test_the_page_says_what_was_measured_of_speed(section, place, file, columns)
             last = found[0]
 
 
+def test_the_page_says_what_was_measured_of_cost():
+    text = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
+    text = text.split('## Cost by width and context')[1].split('\n## ')[0]
+    content = json.loads((runs.RESULTS / 'cost-amd-epyc-2-cores-avx512.json').read_text('utf-8'))
+    assert content['commit'] in text
+    times = {}
+    for point in content['points']:
+        at = times.setdefault(point['strategy'], {})
+        at[point['axis'], point['value']] = point['seconds_a_token']
+    base, ratios = times.pop('bfloat16'), {}
+    for name, at in times.items():
+        ratios[name] = [seconds / base[where] for where, seconds in at.items()]
+    for name, says in (('w8a8 + adam8', '({:.2f} to {:.2f} of it)'), (
+            'ternary', '{:.2f} to {:.2f} of the time'), ('float32', '{:.1f} to {:.1f} times')):
+        assert says.format(min(ratios[name]), max(ratios[name])) in text
+    wide = 'width', 1024
+    faster = [100 - 100 * times[name][wide] / base[wide] for name in ('w8a8 + adam8', 'ternary')]
+    assert 'they are {:.0f} and {:.0f} % faster'.format(*faster) in text
+
+
 def test_the_bars_of_a_gpu_are_read_off_its_kernels():
     found = json.loads((runs.RESULTS / 'fusion.json').read_text(encoding='utf-8'))
     assert [[*bar] for bar in fusion.bars(found['strategies'])] == found['bars']
