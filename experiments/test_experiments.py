@@ -1019,6 +1019,19 @@ def test_the_page_says_what_was_measured_of_speed(section, place, file, columns)
             last = found[0]
 
 
+def test_the_page_says_what_llama_cpp_made_of_an_export():
+    found = json.loads((runs.RESULTS / 'llamacpp.json').read_text(encoding='utf-8'))
+    here, far = found['bits_per_byte'], []
+    for row, kind in zip(tables('Outside this repository')[0], ('codes', 'F16')):
+        there = found[kind]
+        kl = re.sub('e-0', 'e-', f'{there["kl"]:.1e}')
+        assert row[1:] == [f'{there["megabytes"]:.2f} MB', kl, f'{there["bits_per_byte"]:.4f}',
+                           f'{here:.4f}']
+        assert there['texts'] == there['tokenized_alike'] == there['decoded'] == 20
+        far.append(abs(there['bits_per_byte'] / here - 1))
+    assert max(far) < 4e-4                                              # as the page says
+
+
 def test_the_page_says_what_was_measured_of_cost():
     text = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
     text = text.split('## Cost by width and context')[1].split('\n## ')[0]
