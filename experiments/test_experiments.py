@@ -679,6 +679,7 @@ def test_runs_in_full_precision_are_quantized_afterwards(small, elsewhere):
 
 def test_rows_of_a_real_model_are_quantized_copies(monkeypatch):
     """No row touches the base; `keep` leaves layers in int8; asymmetric rows have a zero point."""
+    pytest.importorskip('scipy')
     torch.manual_seed(0)
     base = GPT(train.Config(n_layer=2, n_head=2, n_embd=64, hidden=64, block_size=32), 64)
     before = {name: t.clone() for name, t in base.state_dict().items()}
