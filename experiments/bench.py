@@ -41,7 +41,7 @@ from config import fail
 from experiments.runs import RESULTS, ROOT, machine
 from model import GPT
 from quant import How, Linear, Optimizer, QTensor, bytes_held, quantize, rtn_, spec
-from train import parse, pick_compile, pick_dtype
+from train import parse, pick_compile, pick_dtype, tell_system
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
@@ -568,5 +568,6 @@ if __name__ == '__main__':
     if options.nanogpt and not os.path.isfile(options.nanogpt):
         parser.error(f'there is no {options.nanogpt}')
     os.chdir(ROOT)                                      # where config/ is
+    tell_system()                                       # for all sides, as in training
     torch._dynamo.config.recompile_limit = 64           # several models in one process
     bench()

@@ -17,6 +17,7 @@ import torch
 from experiments.bench import CUDA, free, header, our_step, take_turns, write
 from experiments.runs import ROOT
 from quant import bytes_held
+from train import tell_system
 
 STRATEGIES = {'float32': ['--dtype=float32'], 'bfloat16': ['--dtype=bfloat16'],
               'w8a8 + adam8': ['config/w8a8.py', 'config/adam8.py', '--dtype=bfloat16'],
@@ -80,6 +81,7 @@ if __name__ == '__main__':
     file = parser.parse_args().plot
     if not file:
         os.chdir(ROOT)                                  # where config/ is
+        tell_system()
         torch._dynamo.config.recompile_limit = 64       # several models in one process
         file = measure()
     try:
