@@ -12,7 +12,6 @@ import ctypes as C
 import importlib.util
 import json
 import math
-import sys
 import tempfile
 from dataclasses import replace
 from datetime import date
