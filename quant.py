@@ -1021,31 +1021,22 @@ def level_shares(model):
     return {f'{level:g}': n / counts.total() for level, n in sorted(counts.items())}
 
 
-def damage(x, how):
-    """Of x or x H: signal-to-noise in dB (None: exact), shares of zeros and of what is clipped."""
-    x, s = rotate(x) if how.rotation else x.float(), replace(how, rotation='')
-    q = quantize(x, s)
-    x_hat, clipped = dequantize(q), 0.0
-    noise = (x - x_hat).square().sum()
-    if q.scale is not None and q.zero is None:
-        y = grouped(x, s) / full_scale(q.scale, q.outer, s) / (1 + 1e-5)    # an error of rounding
-        clipped = ((y < MAPS[s.map].level(GRIDS[s.grid].low)) | (y > s.top)).float().mean().item()
-    return {'snr_db': None if noise == 0 else 10 * math.log10(x.square().sum() / noise),
-            'zero': (x_hat == 0).float().mean().item(), 'clipped': clipped}
+def snr(x, how):
+    """10 log10(sum x^2 / sum (x - x^)^2), the ratio of signal to noise in dB; None: x^ is x."""
+    noise = (x.float() - fake_quant(x.float(), how)).square().sum()
+    return None if noise == 0 else 10 * math.log10(x.float().square().sum() / noise)
 
 
 @torch.no_grad()
 def health(model, *inputs):
-    """{layer: {'levels': level_shares, 'weights', 'activations': the damage}} on one batch."""
-    report, names = {}, {m: name for name, m in model.named_modules()
-                         if isinstance(m, Linear) and (m.stored or m.how != How())}
+    """{layer: {'weights', 'activations': the snr of what it quantizes}} on one batch."""
+    report, names = {}, {m: name for name, m in model.named_modules() if isinstance(m, Linear)}
 
     def look(layer, args):
-        seen = report[names[layer]] = {'levels': level_shares(layer)}
-        for key, x in (('weights', dequantize(layer.stored_weight())),
-                       ('activations', args[0].flatten(0, -2))):
-            if how := getattr(layer.how, key):
-                seen[key] = damage(x, how)
+        for kind, x in (('weights', dequantize(layer.stored_weight())),
+                        ('activations', args[0].flatten(0, -2))):
+            if how := getattr(layer.how, kind):
+                report.setdefault(names[layer], {})[kind] = snr(x, how)
 
     with ExitStack() as stack:
         stack.callback(model.train, model.training)

@@ -225,7 +225,7 @@ def test_absmean_is_mean_over_the_root_of_the_highest_code():
             assert torch.allclose(quantize(x, text).scale, x.abs().mean() / grid.high ** 0.5)
         assert bool(texts) == (not grid.float and grid.bits > 0)
     y = torch.tensor([[-1.9, -0.4, 0.3, 1.0, 1.0, -1.0, 1.0, 1.4]])     # mean|y| = 1: from -2 to 1
-    assert quant.damage(y, spec('int2/row/absmean'))['clipped'] == 1 / 8
+    assert fake_quant(y, 'int2/row/absmean').tolist() == [[-2, 0, 0, 1, 1, -1, 1, 1]]
 
 
 @each('name', [*GRIDS, *FORMATS])
@@ -881,10 +881,11 @@ def test_health_sees_what_quantization_does():
     model = gpt(weights='ternary/tensor/absmean', activations='int8/row', stored='int4/row')
     before, report = copy.deepcopy(model.state_dict()), health(model, tokens(2, 16))
     assert report.keys() == {name.removesuffix('.weight') for name in linears(model)}
-    w, x, shares = (report['h.0.attn.c_attn'][k] for k in ('weights', 'activations', 'levels'))
-    assert 35 < x['snr_db'] < 50 and x['clipped'] == 0                  # 6 dB a bit
-    assert 0 < w['snr_db'] < 10 and w['zero'] > 0.2 and w['clipped'] > 0.3 and '-1' in shares
-    assert sum(shares.values()) == pytest.approx(1) and equal(model.state_dict(), before)
+    assert all(35 < seen['activations'] < 50 for seen in report.values())       # 6 dB a bit
+    assert all(0 < seen['weights'] < 10 for seen in report.values())
+    shares = quant.level_shares(model)
+    assert sum(shares.values()) == pytest.approx(1) and '-1' in shares
+    assert equal(model.state_dict(), before)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 

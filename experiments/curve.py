@@ -29,8 +29,8 @@ def read(path):
         last, ratios = line.get('val_loss', last), {} if 'health' in line else ratios
         for layer, seen in line.get('health', {}).items():
             for kind in MARKS:
-                if seen.get(kind, {}).get('snr_db') is not None:
-                    ratios.setdefault(kind, {})[layer] = seen[kind]['snr_db']
+                if seen.get(kind) is not None:
+                    ratios.setdefault(kind, {})[layer] = seen[kind]
         for key in curves.keys() & line.keys() if 'done' not in line else ():
             curves[key].append((line['tokens'], line[key]))
     return (os.path.dirname(os.path.abspath(path)), head['sha256'], *curves.values(), last,
