@@ -141,14 +141,15 @@ def cross_entropy(x, w, targets, how, key, weight):
 
 class CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x (N, in), w (vocab, in), targets (N,), a chunk of tokens at a time:
-    the logits of a chunk and their gradients are freed before those of the next are computed. For
-    the backward, only the finished dx and dw are kept."""
+    the logits of a chunk and their gradients are freed before those of the next are computed. Only
+    dx and dw are kept. A chunk has its own noise, and where tokens share a scale, it is that of the
+    chunk, which is larger on a GPU."""
 
     @staticmethod
     def forward(ctx, x, w, targets, key, how, chunk, training):
         N, about = len(x), 2 ** 28 if x.is_cuda else 2 ** 20               # elements of logits
         chunks = math.ceil(N * len(w) / about)
-        n = math.ceil(N / chunks / 128) * 128                   # which blocks of a Spec divide
+        n = math.ceil(N / chunks / 128) * 128                   # blocks of up to 128 tokens fit
         loss, dx, dw = 0.0, [], None
         for i, (x_i, t_i) in enumerate(zip(x.split(n), targets.split(n))):
             l_i, dx_i, dw_i = chunk(x_i, w, t_i, how, key + i, 1 / N if training else None)

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------
 # how a tensor is quantized: x^ = s level(q), a scale s for each group of x, a code q for each x
 
-# a code is an integer from low = Qn to high = Qp; of a float grid, float = (mantissa bits, smallest
-# exponent), it is the rounded number (of fp4, its bits). Below 8 bits, codes are packed in bytes
+# a code is an integer from low = Qn to high = Qp; on a float grid, float = (mantissa bits, smallest
+# exponent), it is the rounded number (fp4 stores its bits). Below 8 bits, codes are packed in bytes
 Grid = namedtuple('Grid', 'bits low high dtype float', defaults=(torch.uint8, ()))
 GRIDS = {
     'ternary': Grid(2, -1, 1),
@@ -80,15 +80,16 @@ class Spec:
     map: str = 'linear'         # a key of MAPS: what a code stands for
     sign: str = 'symmetric'     # asymmetric: x^ = (q + z) s; codes span [min, max] to half a step
     rotation: str = ''          # hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
-    format: str = ''            # nvfp4: e4m3 scales under one of float32; mxfp4: powers of two,
-                                # rounded down, which clips up to a quarter; mxfp8: rounded up
+    format: str = ''            # nvfp4: e4m3 scales under one of float32, which clip up to 6 %;
+                                # mxfp4: powers of two, rounded down, which clip up to a quarter;
+                                # mxfp8: rounded up
 
     @property
     def top(self):      # level of the highest code
         return float(MAPS[self.map].level(GRIDS[self.grid].high))
 
     @property
-    def axis(self):     # of what is `grouped`: the one along which a scale is shared
+    def axis(self):     # the axis of a `grouped` x along which a scale is shared
         return 0 if self.group == 'column' else -1
 
 
@@ -98,8 +99,7 @@ def spec(text):
     if not text or isinstance(text, Spec):
         return text or None
     known, said = {word: {field: word} for field, words in WORDS.items() for word in words}, {}
-    for word, (grid, block) in FORMATS.items():
-        known[word] = {'grid': grid, 'group': block, 'format': word}
+    known |= {word: dict(grid=g, group=n, format=word) for word, (g, n) in FORMATS.items()}
     for word in text.split('/'):
         size = word.isdecimal() and int(word)
         found = {'group': size} if size else known.get(word)
@@ -225,7 +225,7 @@ def rotate(x):
     """x H along the last axis, float32: H the orthogonal Hadamard matrix, which spreads outliers,
     in blocks of the highest power of two n <= 128 that divides the axis. H_ij is (-1)^k / sqrt(n),
     k the number of bits that i and j share; (x H)(w H)^T = x w^T (QuaRot, arXiv 2404.00456; in
-    pre-training, QuEST, 2502.05003). The matmul runs in x's dtype."""
+    pre-training, QuEST, 2502.05003). The matmul runs in x's dtype, and rounds x H to it."""
     n = math.gcd(x.shape[-1], 128)
     i = torch.arange(n, device=x.device)
     signs = 1 - 2 * (sum((i[:, None] & i) >> bit for bit in range(7)) & 1)          # (n, n)
@@ -278,7 +278,7 @@ def full_scale(scale, outer, s):
 
 
 def least_error(x, size, s, weight):
-    """size = max|x| times that of .3, .4 .. 1 which makes sum weight (x - x^)^2 least, by group."""
+    """For each group, max|x| times that of .3, .4 .. 1 with the least sum weight (x - x^)^2."""
     s, best, least = replace(s, rounding='nearest'), size, torch.full_like(size, math.inf)
     for fraction in (1, .3, .4, .5, .6, .7, .8, .9):                # a tie goes to the first
         step = (fraction * size / s.top).clamp(min=TINY)
@@ -443,7 +443,7 @@ def straight_through(g, q, how=None, key=None):
 
 def fold(g, q, how, key):
     """dx = Q(g s_w) codes(w), dw = Q(g^T s_x) codes(x): column k of g is multiplied by scale k, so
-    that only Q errs: more in dw, where scales of x differ more, from token to token."""
+    that Q alone errs. It errs more in dw, as scales of x differ more, from token to token."""
     if not together(q.spec, how.gradients) or how.gradients.group != 'row' or q.spec.rotation:
         raise ValueError("backward = 'fold' multiplies codes: give weights (or stored), gradients "
                          'and activations symmetric integers or fp8, not rotated, a scale per row')
@@ -454,8 +454,8 @@ def fold(g, q, how, key):
 
 
 def requantize(g, q, how, key):
-    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: groups and rotation lie along the sum. Q is
-    how.gradients, but of x and w to nearest, and not fp8e5."""
+    """dx = Q(g) Q((w^)^T)^T, dw = Q(g^T) Q((x^)^T)^T: rows, blocks and rotation lie along the sum.
+    Q is how.gradients; x and w are rounded to nearest, in fp8 where g is fp8e5."""
     s = how.gradients
     other = replace(s, grid='fp8' if s.grid == 'fp8e5' else s.grid, rounding='nearest')
     # both as rows in memory: a CPU rounds along columns three times slower
@@ -528,7 +528,7 @@ def storable(how):
 
 class Linear(nn.Module):
     """y = x^ (w^)^T + b over the last axis of x (..., in). Its noise comes from `key`, int32 (),
-    which GPT.set_noise sets before every step."""
+    which GPT.set_noise sets before every forward."""
 
     def __init__(self, n_in, n_out, bias=False, how=How()):
         super().__init__()
@@ -558,8 +558,8 @@ class Linear(nn.Module):
         q = q or quantize(dequantize(self.stored_weight()), replace(s, rounding='nearest'))
         self.stored, self.codes, self.scale = s, q.codes, q.scale
         if s.grid != 'bf16':
-            # codes of a group of zeros may move: it gets the mean scale of the others, or, if all
-            # are zero, one whose highest level is in^-1/2; a nan is no zero
+            # codes of a group of zeros may move later: it gets the mean scale of the others, or, if
+            # all are zero, one whose highest level is in^-1/2. A group with a nan is not zero
             alive = ~((q.scale <= TINY) & (grouped(levels(q), s) == 0).all(s.axis, keepdim=True))
             usual = (q.scale * alive).sum() / alive.sum().clamp(min=1)
             usual = torch.where(alive.any(), usual, self.weight.shape[1] ** -0.5 / s.top)
@@ -630,7 +630,7 @@ MATMULS = {'max_autotune_gemm': True, 'epilogue_fusion_first': True,
 
 
 def in_memory(x):
-    """x as a view that makes a compiler store it once, not compute it anew for every use."""
+    """x itself, as a view: a compiler stores it once, and does not compute it for every use."""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -669,7 +669,7 @@ Rates = namedtuple('Rates', 'lr decay beta1 beta2 bias1 bias2 eps clip')
 
 
 def second_moment(g, v, h, key):
-    """(sqrt(vhat) + eps, v to store) once v has taken in g; only rank1 steps by what is stored."""
+    """(sqrt(vhat) + eps, v to store) with g in v; only rank1 steps by what is stored."""
     g2, s = (1 - h.beta2) * g * g, v.spec
     if s and s.grid == 'rank1':
         # the means of the rows of the old v are v.codes, those of its columns v.scale
@@ -704,10 +704,9 @@ def adamw_step(w, g, m, v, h, key):
 def direct_step(w, g, e, v, m_s, v_s, h, h_s, key):
     """e <- e + lr Qp g / sqrt(vhat); q <- clip(q - trunc(e), Qn, Qp), and e keeps the rest; scales
     learn by scale_step. Returns how many codes moved, by row. e, (out, in) in levels, is stored as
-    m would be. A gradient that is weak but steady moves a code in 1 / (lr Qp mean(g / sqrt(vhat)))
-    steps, and noise, whose sum grows as a root, in about 1 / (lr Qp)^2. So q - e is a latent
-    weight, as BitNet has, in few bits; but a code moves back only after a whole level. Paper 2 has
-    no e, and rounds w stochastically."""
+    m would be. A weak but steady g moves a code in 1 / (lr Qp mean(g / sqrt(vhat))) steps, noise in
+    about 1 / (lr Qp)^2. So q - e is a latent weight, as BitNet has, in few bits; but a code moves
+    back only after a whole level. Paper 2 has no e, and rounds w stochastically."""
     scale_step(w, g, m_s, v_s, h_s, key)
     h, s = Rates(*h.unbind()), w.spec
     g, q = h.clip * g.float(), levels(w)                                # (out, in) both
@@ -780,13 +779,14 @@ class Optimizer:
                           for kind, f in self.steps.items()}
         for name, (kind, p, w) in self.parts.items():
             # embeddings, whose step is by element, are dealt out by rows; all else has one owner,
-            # the rank that holds least so far, and on others a state that is shapes alone
+            # the rank that holds least so far, and on the others a state of shapes alone
             owners = [*range(self.world)] if kind == 'matrix' else [held.index(min(held))]
             self.owners[name], device = owners, (p.device if self.rank in owners else 'meta')
             how = [None if kind in ('matrix', 'vector') else s for s in specs]
             zeros = torch.zeros(self.mine(name, p).shape, device=device)
             of_m, of_v = (s.group if s else '' for s in how)
-            if kind == 'adamw' and not w.spec and of_m == of_v and isinstance(of_m, int):
+            if (kind == 'adamw' and not w.spec and of_m == of_v and isinstance(of_m, int)
+                    and of_m % 8 == 0):
                 # m and v in like blocks: `apply` has w, g, m and v as rows of one block each
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
@@ -928,7 +928,7 @@ def rtn_(model, how):
 @torch.no_grad()
 def gptq(W, H, how, damping=0.01, act_order=False):
     """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer. The
-    scales s are those of W; with mse, sum H_ii (W - s q)_i^2 is least for q rounded to nearest:
+    scales s are those of W; with mse, those of least sum H_ii (W - s q)_i^2, q rounded to nearest:
 
         q_i = clip(round(W_i / s), Qn, Qp),  e = (W_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
@@ -943,7 +943,7 @@ def gptq(W, H, how, damping=0.01, act_order=False):
     H, alive = H.clone(), H.diagonal() > 0
     damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
-    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)    # of 0: as it is
+    order = (H.diagonal() * act_order).argsort(descending=True, stable=True)    # all 0: as it is
     W, H, scale = W.float()[:, order], H[order][:, order], scale[:, order]
     # backwards, H is L L^T; so H^-1 = U^T U with U = L^-1 backwards, which is upper
     L, bad = torch.linalg.cholesky_ex(H.flip(0, 1))
@@ -966,8 +966,8 @@ def gptq(W, H, how, damping=0.01, act_order=False):
 
 @torch.no_grad()
 def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
-    """GPTQ of all block linears, while all tokens idx (B, T) go through the model at once: what
-    comes to a layer has gone through those before it, quantized."""
+    """GPTQ of block linears, but for `keep`, while all tokens idx (B, T) go through the model at
+    once: what comes to a layer has gone through those before it, quantized."""
     if not len(idx) or not storable(how) or storable(how).grid == 'bf16':
         raise ValueError('GPTQ needs data: give sequences; and a grid with scales: not bf16')
     layers = {name: layer for name, layer in linears(model).items() if not layer.keep}
@@ -1023,8 +1023,10 @@ def level_shares(model):
 
 def snr(x, how):
     """10 log10(sum x^2 / sum (x - x^)^2), the ratio of signal to noise in dB; None: x^ is x."""
-    noise = (x.float() - fake_quant(x.float(), how)).square().sum()
-    return None if noise == 0 else 10 * math.log10(x.float().square().sum() / noise)
+    x = x.float()
+    size = x.abs().amax().clamp(min=TINY)                   # whose square may be 0 or inf
+    signal, noise = ((t / size).square().sum().item() for t in (x, x - fake_quant(x, how)))
+    return 10 * math.log10(signal / noise) if noise else None
 
 
 @torch.no_grad()

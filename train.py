@@ -120,7 +120,7 @@ class Config:
     samples: int = 1             # how many, from seed, seed + 1, ..
     temperature: float = 0.8     # 0: always the likeliest token
     top_k: int = 200             # sample from so many likeliest tokens; 0: from all
-    device: str = 'auto'         # cuda, mps or cpu; cuda:1 for one of several
+    device: str = 'auto'         # cuda or cpu; cuda:1 for one of several
     dtype: str = 'auto'          # of activations: bfloat16 where it is fast, or float32
     compile: str = 'auto'        # torch.compile: yes or no; auto: where it works and pays
 

@@ -331,8 +331,10 @@ def check(c, given):
          'config/gptq.py, or give stored, other than bf16, and no code_lr'),
         (c.code_lr and stored and GRIDS[stored.grid].float, 'code_lr moves codes that are whole '
          'numbers: ternary or int2 .. int8'),
-        (stored and stored.rounding == 'stochastic' and c.code_lr, 'with a code_lr nothing rounds '
-         'stored weights: no stochastic in stored'),
+        (stored and stored.rounding == 'stochastic' and (c.code_lr or c.optimizer == 'scales'),
+         'only adamw rounds stored weights: with a code_lr or optimizer = scales, no stochastic'),
+        (given.get('backward') == 'full' and not (w or c.activations), 'backward = full is about '
+         'quantized weights or activations: give one of them'),
         (c.code_lr and m and ({m.scale, m.sign} != {'absmax', 'symmetric'} or
                               m.format in ('nvfp4', 'mxfp4')), 'adam_m must hold the whole level '
          'that moves a code: with a code_lr, no absmean, mse, asymmetric or fp4 format in it'),
