@@ -910,6 +910,11 @@ def test_the_page_has_the_table_of_bits():
         found = [r for r in results if r['name'] == f'{code}, e of {e}']
         assert held == '{:.2f} + {:.2f}'.format(*bits.bits(results, code, e))
         assert losses == ', '.join(f"{r['val_loss']:.3f}" for r in found)
+    moved = [100 * statistics.mean(share for r in results if r['name'] == f'{code}, e of 8 bits'
+                                   for _, share, _ in r['curve']) for code in bits.CODES]
+    page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
+    assert 'a step moves {:.1f} % of ternary codes and {:.1f} % of int4 codes, after many ' \
+        'gradients that agree, but {:.0f} % of int8 codes'.format(*moved).replace('0.', '.') in page
 
 
 def test_the_pages_say_what_was_measured_of_memory():
@@ -944,6 +949,12 @@ def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
         '0. learning_rate=1e-3', '1e-2', '1e-2 learning_rate=1e-3'))]
     for how, (_, *cells) in zip(tried, parts):
         assert cells == [f"{loss[f'int{n}/64/mse {how}'] - loss['base']:+.3f}" for n in (3, 2)]
+    base, two = ({r['seed']: statistics.mean(r['report']) for r in runs.read(
+        runs.RESULTS / 'ptq.jsonl') if r['name'] == f'small {name}'}
+        for name in ('base', 'int2/64/mse RTN'))
+    cost = sorted((base[seed] < 2.5, two[seed] - base[seed]) for seed in range(11, 16))
+    two, some = ([f'{x:.2f}'.lstrip('0') for copies, x in cost if copies == way] for way in (0, 1))
+    assert f'in two bits {two[0]} and {two[1]}, against {some[0]} to {some[-1]}' in page
     gptq, qaft = (float((row[3] or row[2]).split()[0]) for row in its[7:9])
     readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
     assert gptq < qaft and 'from its own weights, loses more than by GPTQ' in readme
