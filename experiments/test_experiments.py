@@ -211,7 +211,7 @@ def test_a_side_takes_the_rate_that_ends_lowest(tmp_path, monkeypatch):
         (tmp_path / 'direct-default-python.jsonl').write_text('\n'.join(lines[:n]) + '\n')
         assert direct.chosen('large') == {side: texts[best] for side, texts in every.items()}
     names = [job.name for job in direct.jobs_of('large', 'sympy', [14, 15])['hard']]
-    assert names == 2 * [*direct.SIDES[:5], direct.HALF]
+    assert names == 2 * [*direct.SIDES[:7], direct.HALF]
 
 
 def test_without_an_idea_the_direct_step_is_that_of_quant():
