@@ -801,7 +801,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
     assert len(tries) == len(direct.SIDES)
     rate = lambda text: float(re.search(r'(?:learning_rate|code_lr)=(\S+)', text).group(1))
     for size, column, sides in (('tiny', 1, direct.SIDES), ('small', 2, direct.SIDES[:4]),
-                                ('default', 3, direct.SIDES[:4])):
+                                ('default', 3, direct.SIDES[:5])):
         path = runs.RESULTS / f'direct-{size}-python.jsonl'
         tried = runs.results_of(path, direct.every_try(size))
         for row, side in zip(tries, sides):
@@ -833,8 +833,16 @@ def test_the_page_says_what_was_measured_of_direct_training():
         for side in direct.PLAIN, direct.ADAMW:
             mean, half = runs.compare(results, direct.TERNARY, side)
             assert abs(mean) < half
-    mean, half = runs.compare(tiny[0], direct.TERNARY, direct.MUON)
-    assert mean - half > 0 and 'tiny models end above Muon' in readme
+    for results, muon, bitnet in (tiny[0], 'by {}', 'by {} on `python`'), (
+            tiny[1], 'and {}', 'by {} on `sympy`'):
+        for side, sign, says in (direct.MUON, 1, muon), (direct.BITMUON, -1, bitnet):
+            mean, half = runs.compare(results, direct.TERNARY, side)
+            mean *= sign
+            interval = f'({mean - half:.1f} to {mean + half:.1f})'.replace('(0.', '(.')
+            assert mean > half and says.format(f'{mean:.1f} % {interval}') in page
+        assert max(runs.compare(results, direct.TERNARY, side)[0] for side in (
+            direct.ROWS, direct.BITNET)) < runs.compare(results, direct.TERNARY, direct.BITMUON)[0]
+    assert 'tiny models end above Muon' in readme
     assert '`bitnet` still ends above `baseline`, and Muon below' in readme
     for side, sign, says in (direct.BITNET, 1, 'BitNet ends {} above'), (
             direct.MUON, -1, 'Muon {} below it'):
