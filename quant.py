@@ -787,7 +787,7 @@ class Optimizer:
             of_m, of_v = (s.group if s else '' for s in how)
             if (kind == 'adamw' and not w.spec and of_m == of_v and isinstance(of_m, int)
                     and of_m % 8 == 0):
-                # m and v in like blocks: `apply` has w, g, m and v as rows of one block each
+                # m and v in like blocks of whole bytes: `apply` has all four as rows of one block
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
             if config.beta1 == 0 and kind not in ('direct', 'muon'):

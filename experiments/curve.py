@@ -29,7 +29,7 @@ def read(path):
         last, ratios = line.get('val_loss', last), {} if 'health' in line else ratios
         for layer, seen in line.get('health', {}).items():
             for kind in MARKS:
-                if isinstance(seen.get(kind), float):      # not None: no noise
+                if isinstance(seen.get(kind), float):      # None: nothing was lost
                     ratios.setdefault(kind, {})[layer] = seen[kind]
         for key in curves.keys() & line.keys() if 'done' not in line else ():
             curves[key].append((line['tokens'], line[key]))

@@ -982,6 +982,12 @@ def test_the_page_has_the_scores_and_claims_of_the_laws():
     assert re.search(rf'error of {b} %, the form of \[Kumar et al.\]\(.*?\) {a} %', readme)
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
     found = json.loads((runs.RESULTS / 'scaling-fit.json').read_text(encoding='utf-8'))
+    deltas = [float(at.split()[-1]) for line in lines
+              if line.startswith('| 2070016 |') and 'loss' not in line
+              for at in line.split('|')[3].split(',')]
+    near = sum(delta < 4 * found['noise'] for delta in deltas)
+    assert f'scored: {near} of {len(deltas)} deltas' in page
+    assert f', over {len(deltas) - near} deltas' in page
     for more, says in ('', 'are worth {} N of full precision ({} to {})'), (
             ', of all runs', 'all its 25 runs gives {} ({} to {})'):
         name = f'f of direct ternary{more}'
