@@ -39,10 +39,11 @@ GRIDS = {'int3': 0.04, 'int4': 0.024, 'int8': 0.012}
 
 def tries(size):
     """{side: [keys for train.py]}, the first of which it takes until all have ended."""
-    rate = 6e-3 if size == 'tiny' else 1.5e-3   # 3e-3 was too low a middle for BitNet and Muon
     found = {}
     for side, how in HOW.items():
-        # without momentum, half the rate was better at the default size (results/tries.jsonl)
+        # the middles: lower ones were too low for BitNet and Muon (results/tries.jsonl)
+        rate = 6e-3 if size == 'tiny' else 3e-3 if side in (MUON, BITMUON) else 1.5e-3
+        # without momentum, half the rate was better at the default size
         first = 0.5 if side in (PLAIN, BF16) else 1
         key, middle = {TERNARY: ('code_lr', 0.08), INT8: ('code_lr', GRIDS['int8'])}.get(
             side, ('learning_rate', rate))
