@@ -842,7 +842,16 @@ def test_the_page_says_what_was_measured_of_direct_training():
             assert mean > half and says.format(f'{mean:.1f} % {interval}') in page
         assert max(runs.compare(results, direct.TERNARY, side)[0] for side in (
             direct.ROWS, direct.BITNET)) < runs.compare(results, direct.TERNARY, direct.BITMUON)[0]
-    assert 'tiny models end above Muon' in readme
+    for a, b, sign, says in (
+            (direct.TERNARY, direct.BITNET, -1, 'It ends {} below BitNet with one scale'),
+            (direct.TERNARY, direct.MUON, 1, 'direct ternary ends {} above it'),
+            (direct.BITNET, direct.ROWS, 1, 'at 3.7M {} higher')):
+        mean, half = runs.compare(found['python'], a, b)
+        mean *= sign
+        assert mean > half
+        said = f'{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})'
+        assert re.sub(r'\b0\.', '.', says.format(said)) in page
+    assert 'it ends above Muon.' in readme
     assert '`bitnet` still ends above `baseline`, and Muon below' in readme
     for side, sign, says in (direct.BITNET, 1, 'BitNet ends {} above'), (
             direct.MUON, -1, 'Muon {} below it'):
