@@ -41,9 +41,9 @@ def tries(size):
     """{side: [keys for train.py]}, the first of which it takes until all have ended."""
     found = {}
     for side, how in HOW.items():
-        # the middles: lower ones were too low for BitNet and Muon (results/tries.jsonl)
+        # around half of 6e-3 BitNet and Muon, around half of 3e-3 Muon did best at the top
         rate = 6e-3 if size == 'tiny' else 3e-3 if side in (MUON, BITMUON) else 1.5e-3
-        # without momentum, half the rate was better at the default size
+        # without momentum, half the rate was better at the default size (results/tries.jsonl)
         first = 0.5 if side in (PLAIN, BF16) else 1
         key, middle = {TERNARY: ('code_lr', 0.08), INT8: ('code_lr', GRIDS['int8'])}.get(
             side, ('learning_rate', rate))

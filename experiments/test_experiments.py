@@ -851,7 +851,10 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert mean > half
         said = f'{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})'
         assert re.sub(r'\b0\.', '.', says.format(said)) in page
-    assert 'it ends above Muon.' in readme
+    assert 'on `python`, it ends above Muon.' in readme
+    mean = {side: statistics.mean(runs.losses(found['python'], side).values())
+            for side in (*direct.SIDES[:6], direct.HALF)}
+    assert min(mean, key=mean.get) == direct.MUON and 'ends lowest on `python`' in page
     assert '`bitnet` still ends above `baseline`, and Muon below' in readme
     for side, sign, says in (direct.BITNET, 1, 'BitNet ends {} above'), (
             direct.MUON, -1, 'Muon {} below it'):
