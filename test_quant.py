@@ -1087,12 +1087,12 @@ def test_resume_is_bit_for_bit_and_needs_no_flags(strategy, small, tmp_path):
     train.stopping.append(1)                                            # as Ctrl-C does
     with pytest.raises(SystemExit, match='130'):
         train.main([*strategy, *small, f'--out_dir={parts}', '--eval_interval=1'])
-    resume = [f'--out_dir={parts}', '--init_from=resume']
-    train.main(resume)
+    train.main(resume := [f'--out_dir={parts}', '--init_from=resume'])
     losses = lambda folder: [s['train_loss'] for s in log_of(folder) if 'train_loss' in s]
     assert equal(checkpoint(whole), checkpoint(parts)) and losses(whole) == losses(parts)
     train.main([*resume, '--max_iters=8'])                              # it may grow
-    assert checkpoint(parts)['iter'] == 8 and 'beyond' in error(*resume, '--max_iters=7')
+    starts = [(s['iter'], s['config']['max_iters']) for s in log_of(parts) if 'config' in s]
+    assert starts == [(0, 6), (1, 6), (6, 8)] and 'step 8,' in error(*resume, '--max_iters=7')
 
 
 @each('number', [signal.SIGTERM, signal.SIGINT])
@@ -1255,7 +1255,7 @@ def test_a_run_is_never_overwritten_unasked(small, tmp_path):
         torch.save(other, path)
         assert 'by another version' in error(*resume)
     train.main([*small, '--overwrite=True', '--max_iters=2'])
-    assert [entry.get('iter') for entry in log_of(path.parent)] == [None, 1, 2, 2, 2]
+    assert [entry.get('iter') for entry in log_of(path.parent)] == [0, 1, 2, 2, 2]
 
 
 @each('args', [['config/bitnet.py'], ['config/everything.py', '--tied=False'],

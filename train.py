@@ -319,10 +319,10 @@ class Run:
                 with suppress(FileNotFoundError):
                     os.remove(f'{config.out_dir}/{name}')
             self.log = open_log(f'{config.out_dir}/log.jsonl', self.step)
-            if not self.log.tell():
-                self.line(config=asdict(config), sha256=sha256, world=self.world, versions={
-                    'python': sys.version.split()[0], 'torch': torch.__version__,
-                    'device': device, 'dtype': dtype})
+            # each start has its own, as keys and machine may change when a run is resumed
+            self.line(iter=self.step, config=asdict(config), sha256=sha256, world=self.world,
+                      versions={'python': sys.version.split()[0], 'torch': torch.__version__,
+                                'device': device, 'dtype': dtype})
         words = ', '.join(f'{key} {getattr(config, key)}' for key in STRATEGY
                           if getattr(config, key) != getattr(Config, key)) or 'full precision'
         folder = os.path.dirname(config.checkpoint) if config.eval_only else config.out_dir

@@ -370,6 +370,16 @@ def test_a_tokenizer_that_does_more(keys, tmp_path):
         hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'ckpt.pt')], *hf.COMMAND)
 
 
+def test_what_begins_every_text_there_is_said(tmp_path, capsys):
+    theirs = made_elsewhere(tmp_path / 'theirs', special=('<|endoftext|>', '<s>'))
+    from tokenizers.processors import TemplateProcessing
+    theirs.backend_tokenizer.post_processor = TemplateProcessing(
+        '<s> $A', special_tokens=[('<s>', 1)])
+    theirs.save_pretrained(tmp_path / 'theirs')
+    hf.main([str(tmp_path / 'theirs'), str(tmp_path / 'ckpt.pt')], *hf.COMMAND)
+    assert 'note: it adds <s> to every text' in capsys.readouterr().out
+
+
 def change_config(**new):
     return lambda text: json.dumps(json.loads(text) | new)
 
