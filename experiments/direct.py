@@ -18,14 +18,16 @@ skipped), .md and .png.
 import math
 import re
 import statistics
+from collections import Counter
 
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
                               load, parser_of, report, results_of, run_all, run_one, seeded,
                               table)
 
 ADAMW, PLAIN, ROWS, TERNARY, BITNET, MUON, BITMUON, INT8, BF16 = SIDES = (
-    'AdamW', 'AdamW without momentum', 'BitNet, per-row scales', 'direct ternary', 'BitNet', 'Muon',
-    'BitNet with Muon', 'int8 codes, ternary forward', 'bfloat16 without momentum')
+    'AdamW', 'AdamW without momentum', 'BitNet, per-row scales', 'direct ternary',
+    'BitNet, one scale per tensor', 'Muon', 'BitNet with Muon', 'int8 codes, ternary forward',
+    'bfloat16 without momentum')
 HOW = dict(zip(SIDES, (
     'config/baseline.py', 'config/baseline.py beta1=0.',
     'config/bitnet.py weights=ternary/row/absmean', 'config/ternary.py',
@@ -113,7 +115,7 @@ def rows(sides):
 
 
 CLAIMS = [  # (family, what it says, a, '<=' or '>=', percent, b); of paper 2 some, by our update
-    ('goal', 'direct ternary is no worse than BitNet', TERNARY, '<=', 0, BITNET),
+    ('goal', 'direct ternary is no worse than BitNet with one scale', TERNARY, '<=', 0, BITNET),
     ('goal', 'nor than BitNet with per-row scales', TERNARY, '<=', 0, ROWS),
     ('goal', 'nor than BitNet with Muon', TERNARY, '<=', 0, BITMUON),
     ('goal', 'nor than AdamW in full precision', TERNARY, '<=', 0, ADAMW),
@@ -138,7 +140,7 @@ CLAIMS = [  # (family, what it says, a, '<=' or '>=', percent, b); of paper 2 so
     ('ours', 'learned scales help', TERNARY, '<=', 0, 'fixed scales'),
     ('ours', '4-bit e is free', 'e 4-bit', '<=', 1, TERNARY),
     ('ours', 'e is to be rounded stochastically', TERNARY, '<=', 0, 'e 8-bit to nearest'),
-    ('ours', 'int8 codes under a ternary forward are no worse than BitNet', INT8,
+    ('ours', 'int8 codes under a ternary forward are no worse than BitNet with one scale', INT8,
      '<=', 0, BITNET), ('ours', 'nor than BitNet with per-row scales', INT8, '<=', 0, ROWS)]
 
 
@@ -158,14 +160,19 @@ def draw(results, path):
                 mean, half = interval(values)
                 yield size['weights'] + size['optimizer'], mean, half if len(values) > 2 else 0
 
+    look = {name: dict(color=METHODS[name]) for name in SIDES}
+    look[HALF], beside = dict(color=METHODS[HALF], ls='--', mfc='white'), Counter()
     for name in (*SIDES, HALF):
         for x, y, half in points([name]):
-            left.errorbar(x, y, half, fmt='o', capsize=2, color=METHODS[name], label=name)
+            left.errorbar(x * 0.95 ** beside[round(x, 1)], y, half, marker='o', capsize=2,
+                          label=name, **look[name])
+            beside[round(x, 1)] += 1
     first = [result['seed'] for result in results[:1]]       # all rows have it
-    for section, last, mark in ('stored', [], 's-'), ('ternary forward', [INT8], 'D-'):
+    for section, like, last in ('stored', TERNARY, []), ('ternary forward', INT8, [INT8]):
         if found := [*zip(*points([*rows(HOW)[section], *last], first))]:
-            left.plot(*found[:2], mark, color='0.6', lw=1, label=f'{section}: int3, 4, 8')
-    left.set(xscale='log', xlabel='bytes that a weight and its states hold',
+            left.plot(*found[:2], 's-', color=METHODS[like], mfc='white', lw=1,
+                      label=f'{section}: int3, 4, 8; one seed')
+    left.set(xscale='log', xlabel='bytes of a weight and its states; equal ones side by side',
              ylabel='validation loss, nats/token', title='Loss against bytes')
     ticks = [1, 1.5, 2, 3, 4, 6, 8, 12]
     left.set_xticks(ticks, [f'{t:g}' for t in ticks])
@@ -180,8 +187,8 @@ def draw(results, path):
             both = [[*zip(*pair)] for pair in pairs]        # of each seed, by evaluation
             above = [statistics.mean(ours[1] - its[1] for ours, its in at) for at in zip(*both)]
             copied = [statistics.mean(ours[2] for ours, _ in at) for at in zip(*both)]
-            middle.plot(steps, above, color=METHODS[side])
-            right.plot(steps, copied, color=METHODS[side])
+            middle.plot(steps, above, **look[side])
+            right.plot(steps, copied, **look[side])
     middle.set(xlabel='step', ylabel='nats/token above direct ternary', title='The way there')
     right.set(xlabel='step', ylabel='nats that a token costs less',
               title='Random tokens, the second time')

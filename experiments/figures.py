@@ -14,8 +14,8 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, YELLOW = (
 METHODS = {
     'AdamW': BLACK, 'float32 AdamW': BLACK, 'AdamW, half the rate': '0.3',
     'AdamW without momentum': '0.55', 'Muon': SKY,
-    'BitNet': ORANGE, 'BitNet, per-row scales': RED, 'BitNet without momentum': RED,
-    'BitNet with Muon': YELLOW,
+    'BitNet, one scale per tensor': ORANGE, 'BitNet, per-row scales': RED,
+    'BitNet without momentum': RED, 'BitNet with Muon': YELLOW,
     'direct ternary': BLUE, 'direct int4': SKY, 'direct int8': GREEN,
     'int8 codes, ternary forward': GREEN, 'bfloat16 without momentum': PINK, 'RTN': ORANGE,
     'GPTQ': GREEN, 'QAFT': BLUE, 'QAFT from GPTQ': SKY, 'QAFT with a teacher': PINK,

@@ -393,7 +393,7 @@ def table(full, points):
 
 def draw(found, told, points, target):
     """What three precisions add, against data, and all that was predicted of the held-out size. A
-    dotted line is four times the noise."""
+    dotted line is four times the noise; a triangle at the edge is a delta below it."""
     from experiments.figures import pyplot
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 9))
     (*laws, last), sizes = panels.flat, sorted({p['N'] for p in points})
@@ -403,6 +403,8 @@ def draw(found, told, points, target):
             D, delta = arrays(mine, 'D', 'delta')
             panel.plot(D, delta, 'oD'[held], color=f'C{i}',
                        label=f'N = {N / 1e3:.0f}k' + ', held out' * held)
+            under = D[delta < found['noise']]           # at the edge
+            panel.plot(under, 0 * under + found['noise'], 'v', color=f'C{i}')
             for form, style in (('A', '--'), ('B', '-')):
                 law = found[form].get(name, (math.nan, 0, 0))
                 panel.plot(np.sort(D), cost(law, N, np.sort(D)), style, color=f'C{i}')
@@ -423,7 +425,7 @@ def draw(found, told, points, target):
         low, high = panel.get_ylim()
         panel.set_xticks([MB * 2 ** 20 for MB in (1, 2, 4, 8)], (1, 2, 4, 8))
         panel.set_yticks(ticks := (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3), ticks)
-        panel.set_ylim(max(found['noise'], low), high)
+        panel.set_ylim(max(0.97 * found['noise'], low), high)
         panel.minorticks_off()
     figure.savefig(target)
 
