@@ -76,7 +76,7 @@ class Attention(nn.Module):
                     .to(t.dtype) for t in (k, v))
         if self.n_kv < self.n_head:                 # each head of k and v serves several of q
             k, v = (t.repeat_interleave(self.n_head // self.n_kv, 1) for t in (k, v))
-        # a query at t sees the keys up to t; with a cache there are more keys than queries
+        # a query at t sees the keys up to t; after the prompt a cache has more keys than queries
         S, dropout = k.shape[2], self.dropout if self.training else 0.0
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         if x.device.type == 'cpu' and x.dtype == torch.bfloat16 and T == S and q.requires_grad:

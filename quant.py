@@ -80,7 +80,8 @@ class Spec:
     map: str = 'linear'         # a key of MAPS: what a code stands for
     sign: str = 'symmetric'     # asymmetric: x^ = (q + z) s; codes span [min, max] to half a step
     rotation: str = ''          # hadamard: x H is quantized, and x^ = (x H)^ H, see `rotate`
-    format: str = ''            # nvfp4: e4m3 scales under one of float32, which clip up to 6 %;
+    format: str = ''            # nvfp4: e4m3 scales under one of float32, which clip up to 6 %,
+                                # or a third in blocks 2^-17 as large as the largest;
                                 # mxfp4: powers of two, rounded down, which clip up to a quarter;
                                 # mxfp8: rounded up
 
@@ -115,7 +116,7 @@ def spec(text):
     s, grid, words = Spec(**said), GRIDS[said['grid']], {*map(str, said.values())}
     bent = MAPS.keys() - {'linear'}
     for is_so, wrong in (
-            (s.grid == 'bf16', words - {'bf16', 'stochastic'}),
+            (s.grid == 'bf16', words - {'bf16', 'nearest', 'stochastic'}),
             (s.grid == 'rank1', words - {'rank1'}), (s.grid == 'ternary', {'asymmetric'}),
             (grid.float, bent | {'asymmetric', 'absmean'}),
             (s.sign == 'asymmetric', bent | {'absmean', 'mse'}),
@@ -173,11 +174,14 @@ class QTensor(NamedTuple):
 
 
 def quantize(x, how, key=0, scale=None, packed=True):
-    """q = clip(round(x / s), Qn, Qp), s = max|x| / Qp (by a map code(x / s), max|x| / level(Qp));
-    asymmetric, q = clip(round(x / s - z), Qn, Qp), s = (max - min) / (Qp - Qn), z = round(min / s
-    - Qn), min <= 0 <= max (paper 1). `how` is a Spec or its string; without it x (..., C) is stored
-    as it is, else it is taken to float32. A `scale` that is given is kept. Unless `packed`, codes
-    below 8 bits stay float32. Raises ValueError if blocks or bytes do not divide C."""
+    """x (..., C) as a QTensor. `how` is a Spec or its string; without it x is stored as it is.
+
+        symmetric    q = clip(round(code(x / s)), Qn, Qp)    s = max|x| / level(Qp), see MAPS
+        asymmetric   q = clip(round(x / s - z), Qn, Qp)      s = (max - min) / (Qp - Qn),
+                     z = round(min / s - Qn)                 min <= 0 <= max (paper 1)
+
+    All in float32. A `scale` that is given is kept. Unless `packed`, codes below 8 bits stay
+    float32. Raises ValueError if blocks or bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -528,7 +532,7 @@ def storable(how):
 
 class Linear(nn.Module):
     """y = x^ (w^)^T + b over the last axis of x (..., in). Its noise comes from `key`, int32 (),
-    which GPT.set_noise sets before every forward."""
+    which GPT.set_noise sets: in training for every micro-step, else once for an evaluation."""
 
     def __init__(self, n_in, n_out, bias=False, how=How()):
         super().__init__()
@@ -594,7 +598,7 @@ def linears(model):
 
 
 class KVCache:
-    """Keys and values of a layer in generation, quantized token by token, by scales of its own."""
+    """Keys and values of a layer in generation, each token quantized once, by its own scales."""
 
     def __init__(self, how):
         s = self.how = spec(how)
@@ -787,7 +791,7 @@ class Optimizer:
             of_m, of_v = (s.group if s else '' for s in how)
             if (kind == 'adamw' and not w.spec and of_m == of_v and isinstance(of_m, int)
                     and of_m % 8 == 0):
-                # m and v in like blocks of whole bytes: `apply` has all four as rows of one block
+                # m and v are in like blocks, of whole bytes: `apply` views w and g so, too
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
             if config.beta1 == 0 and kind not in ('direct', 'muon'):
@@ -1024,7 +1028,7 @@ def level_shares(model):
 def snr(x, how):
     """10 log10(sum x^2 / sum (x - x^)^2), the ratio of signal to noise in dB; None: x^ is x."""
     x = x.float()
-    size = x.abs().amax().clamp(min=TINY)                   # whose square may be 0 or inf
+    size = x.abs().amax().clamp(min=TINY)   # divided first: a square may be 0 or inf
     signal, noise = ((t / size).square().sum().item() for t in (x, x - fake_quant(x, how)))
     return 10 * math.log10(signal / noise) if noise else None
 

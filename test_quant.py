@@ -86,7 +86,7 @@ INT8, ONE = {'weights': 'int8/row', 'activations': 'int8/row'}, torch.ones(1, 1)
 def test_spec_words_come_in_any_order():
     words = 'int8', 'row', 'absmax', 'stochastic', 'sqrt'
     assert {spec('/'.join(p)) for p in itertools.permutations(words)} == {Spec(*words)}
-    assert spec('') is None and spec('uint8/256/root4').group == 256
+    assert spec('') is None and spec('int8/9').group == 9 and spec('bf16/nearest') == Spec('bf16')
     for name, (grid, block) in FORMATS.items():
         assert spec(f'{name}/stochastic') == Spec(grid, block, rounding='stochastic', format=name)
 

@@ -68,7 +68,7 @@ class Config:
     gradients_in: str = 'both'   # where the backward uses them: dx, dw or both
     backward: str = 'ste'        # the x and w it multiplies: quantized (ste), full (full), codes
                                  # (fold), or quantized anew along the sum (requantize)
-    compute: str = 'float'       # what is multiplied: codes dequantized, or the codes themselves
+    compute: str = 'float'       # multiplies dequantized codes; codes: the codes themselves
     kv_cache: str = ''           # keys and values
     stored: str = ''             # the weights as they are stored between steps
     adam_m: str = ''             # the optimizer's moments as they are stored; with code_lr, e
@@ -150,7 +150,7 @@ def dry_run(config, vocab_size=1024):
 
 
 def pick_device(config):
-    """The device of this process, which works."""
+    """The device of this process, once it has held a tensor."""
     found = torch.accelerator.current_accelerator(check_available=True)
     name = str(found or 'cpu') if config.device == 'auto' else config.device
     try:
@@ -237,7 +237,7 @@ class Run:
             dist.barrier()
         self.train_data, self.val_data, self.meta = load_data(config)
         self.tokenizer = {key: self.meta[key] for key in TOKENIZER}
-        self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 | it suits the matmuls
+        self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # matmuls like it
         if config.quantize_head:        # its shape was not known to `parse`
             dry_run(config, self.vocab_size)
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step
@@ -381,7 +381,7 @@ class Run:
         return f'val loss {loss:.4f} nats/token, {bpb:.4f} bits/byte'
 
     def save(self):
-        """Write ckpt.pt, if it is worth it; what was quantized is then a model like any other."""
+        """Write ckpt.pt, if all weights are finite. Its ptq is '': what was quantized stays so."""
         weights = self.model.state_dict()
         norms = [t.float().norm().item() for t in weights.values() if t.is_floating_point()]
         self.check_finite(sum(norms), 'norm of the weights')
