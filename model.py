@@ -72,8 +72,8 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)                                   # all tokens so far
         elif self.kv_cache:
             # rounding has no gradient, and is taken for the identity
-            k, v = ((t.float() + (fake_quant(t.float(), self.kv_cache) - t.float()).detach())
-                    .to(t.dtype) for t in (k, v))
+            k, v = ((t.float() + (fake_quant(x, self.kv_cache) - x)).to(t.dtype)
+                    for t, x in ((k, k.detach().float()), (v, v.detach().float())))
         if self.n_kv < self.n_head:                 # each head of k and v serves several of q
             k, v = (t.repeat_interleave(self.n_head // self.n_kv, 1) for t in (k, v))
         # a query at t sees the keys up to t; after the prompt a cache has more keys than queries

@@ -1,7 +1,7 @@
 """
 How fast it is, beside its peers and the limits of the machine: python -m experiments.bench
 
-    --quick           under five minutes on two CPU cores: smaller models, some rows left out
+    --quick           under five minutes on two CPU cores: a smaller model, fewer samples
     --nanogpt=PATH    nanoGPT's model.py, for the rows that compare with it
     --rows=WORD       only rows with WORD in their name (this and --quick write files of their own)
     --minutes=N       start no further comparison after so many minutes
@@ -551,7 +551,7 @@ def bench():
         path = write(f'bench part{kind}',
                      {**head, 'seconds': round(time.time() - began), 'rows': results})
         free()
-    if not late:
+    if not any(r['verdict'].endswith('minutes are over') for r in results):
         path = path.replace(path.with_name(path.name.replace('-part', '', 1)))
     print(f'{path}: {time.time() - began:.0f} s', file=sys.stderr)
 

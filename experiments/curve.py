@@ -6,8 +6,8 @@ Losses of runs side by side, over the tokens they have seen (pip install matplot
 A faint line is the training loss, smoothed over log lines, and a line with dots the validation
 loss; a run that was quantized without training is a dashed line. Only losses on the same data
 compare: where runs differ in that, the legend says which data. Below is what rounding did at the
-last evaluation to each tensor of each layer, as the ratio of signal to noise: the lower, the more
-a layer suffers.
+last evaluation to weights and activations of each layer, as the ratio of signal to noise: the
+lower, the more a layer suffers.
 """
 import json
 import os

@@ -1,6 +1,6 @@
 """
 Ideas for the direct update that quant.py does not have: each a few lines, put in its place for one
-run by --idea=NAME among the arguments of a Job, as direct.py and bits.py do.
+run by --idea=NAME among the arguments of a Job, as direct.py and bits.py do. ptq.py adds `teacher`.
 
     nothing    e is not kept: a step is rounded stochastically to whole levels (2412.04787)
     half       a code moves at half a level, like a latent weight that is rounded (BitNet): it is

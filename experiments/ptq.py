@@ -194,7 +194,7 @@ def measure(job):
     if result['val_loss'] is None:
         return {**result, 'choose': math.inf}
     run = opened(job)
-    if ptq == 'gptq' and len(plan.methods) > 1:
+    if ptq == 'gptq':
         save_floats(run, job.folder)
     few = sequence_starts(run.config, len(run.train_data))[:max(1, plan.windows // 32)]
     seen, choose = part_losses(run, run.train_data, few), half(run, 0, plan.tokens // 2)

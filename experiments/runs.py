@@ -148,16 +148,20 @@ def run_one(job):
                 os._exit(130)
             failed = str(e)
     if failed and ' is nan at ' not in failed and ' is inf at ' not in failed:
-        raise RuntimeError(f'{job.name}: {failed}')
+        raise RuntimeError(failed)
     log = read(folder / 'log.jsonl')
-    first, last = log[0], log[-1]
+    first, last, moved = log[0], log[-1], [e['flips'] for e in log if 'flips' in e]
+    dtypes = {e['versions']['dtype'] for e in log if 'versions' in e}           # of each start
+    if len(dtypes) > 1:
+        raise RuntimeError(f'it was computed in {" and in ".join(sorted(dtypes))}: remove {folder}')
     kept = {'val_loss': None, 'failed': failed.split(';')[0]} if failed else \
         {key: last[key] for key in ('val_loss', 'val_bpb', 'loss_on_train', 'tokens', 'bytes',
                                     'levels', 'seconds')}
     tests = [[e['iter'], e['val_loss'], e.get('copying')] for e in log if 'val_loss' in e]
     return {'name': job.name, 'seed': job.seed, 'args': job.args, 'mark': mark, **kept,
             'weights': weights(train.Config(**first['config'])),
-            'evaluations': tests, 'threads': torch.get_num_threads(), 'sha256': first['sha256'],
+            'evaluations': tests, 'moved': statistics.mean(moved) if moved else None,
+            'threads': torch.get_num_threads(), 'sha256': first['sha256'],
             **first['versions'], 'machine': machine(), 'date': str(date.today())}
 
 
@@ -240,11 +244,11 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 try:
                     result = future.result()
+                except BrokenProcessPool:
+                    raise
                 except RuntimeError as e:
-                    if isinstance(e, BrokenProcessPool):
-                        raise
-                    tqdm.write(f'{e}')
-                    failed.append(f'{e}')
+                    failed.append(f'{pending[future].name}: {e}')
+                    tqdm.write(failed[-1])
                     continue
                 with open(path, 'a', encoding='utf-8') as f:
                     f.write(json.dumps(result) + '\n')
@@ -295,6 +299,12 @@ def seed(text):
     return int(text)
 
 
+class Once(argparse.Action):
+    """Values of an option, each once: a seed that is given twice is no second run."""
+    def __call__(self, parser, options, values, option=None):
+        setattr(options, self.dest, [*dict.fromkeys(values)])
+
+
 def seeded(rows, claims, seeds):
     """[(name, keys, seed)] of {name: keys}: every row with the first seed, and those that a claim
     is about with the others."""
@@ -309,7 +319,7 @@ def parser_of(doc, seeds=None):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if seeds:
-        parser.add_argument('--seeds', type=seed, nargs='+', default=seeds)
+        parser.add_argument('--seeds', type=seed, nargs='+', default=seeds, action=Once)
     parser.add_argument('--jobs', type=int, default=2, choices=range(1, 65), metavar='N',
                         help='runs at a time, sharing the cores')
     os.chdir(ROOT)
@@ -379,9 +389,11 @@ def spread(results, b):
 def chance(values, bound):
     """The chance that a mean is so far from `bound` by luck alone: two-sided, by Student's t."""
     from scipy.stats import ttest_1samp
-    if math.inf in values or len(set(values)) == 1 < len(values):
+    if len(values) < 2:
+        return 1.0
+    if math.inf in values or len(set(values)) == 1:
         return 0.0
-    return float(ttest_1samp(values, bound).pvalue) if len(values) > 1 else 1.0
+    return float(ttest_1samp(values, bound).pvalue)
 
 
 def decide(claims):
@@ -389,15 +401,14 @@ def decide(claims):
     FAIL if it lies on that side of the bound, at 95 % for all of them together (Holm), else
     UNRESOLVED."""
     chances = [chance(values, bound) for values, _, bound in claims]
-    words, order = [''] * len(claims), sorted(range(len(claims)), key=chances.__getitem__)
-    for rank, i in enumerate(order):
+    words, n = ['UNRESOLVED'] * len(claims), len(claims)
+    for rank, i in enumerate(sorted(range(n), key=chances.__getitem__)):
         values, sign, bound = claims[i]
-        sure = chances[i] * (len(claims) - rank) < 0.05
-        if not sure:
+        if not chances[i] * (n - rank) < 0.05:
             break               # nor are those after it
         mean = statistics.mean(values)
         words[i] = 'PASS' if (mean <= bound if sign == '<=' else mean >= bound) else 'FAIL'
-    return [word or 'UNRESOLVED' for word in words]
+    return words
 
 
 def claim_lines(results, claims):

@@ -466,5 +466,8 @@ if __name__ == '__main__':
         parser.add_argument(f'--{name}', type=float, default=math.inf, help='what plan may use: '
                             '6 N D operations, bytes of weights, bytes of text')
     options = parser.parse_args()
+    limits = options.compute, options.memory, options.tokens
+    if min(limits) < math.inf and 'plan' not in options.steps:
+        parser.error('--compute, --memory and --tokens are for the step plan')
     for step in options.steps or ('sweep', 'predict', 'plot'):
         STEPS[step](options)

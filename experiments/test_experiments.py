@@ -61,7 +61,7 @@ def at_home(monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # rows and runs
 
-@pytest.mark.parametrize('how', ['baseline', 'adam4', 'ternary'])
+@pytest.mark.parametrize('how', ['baseline', 'adam4', 'ternary', 'kv4'])
 def test_fit_counts_what_a_run_will_hold(small, how):
     config = train.parse([f'config/{how}.py', *small])
     found, kept, idx = fit.memory(config, 256), [], torch.zeros(4, 32, dtype=torch.long)
@@ -95,7 +95,7 @@ def test_what_an_option_cannot_be_is_one_line(main, args, says):
 
 def test_seeds_that_chose_rates_do_not_report(capsys):
     parser = runs.parser_of('', [11])
-    assert parser.parse_args(['--seeds', '11', '12']).seeds == [11, 12]
+    assert parser.parse_args(['--seeds', '12', '11', '12']).seeds == [12, 11]
     with pytest.raises(SystemExit):
         parser.parse_args(['--seeds', '11', '1'])
     assert 'seeds up to 10 choose rates' in capsys.readouterr().err
@@ -322,6 +322,23 @@ def test_an_experiment_goes_on_where_it_stopped(small, elsewhere):
         runs.run_all(path, [runs.Job('bad', ['--dtype=float32', '--dataset=nowhere'], 1)], 1)
 
 
+def test_a_run_in_two_dtypes_is_no_result(elsewhere, monkeypatch):
+    job = runs.Job('one', ['config/ternary.py'], 11)
+    job.folder.mkdir(parents=True)
+    (job.folder / 'log.jsonl').write_text(''.join(
+        json.dumps({'iter': n, 'versions': {'dtype': dtype}}) + '\n'
+        for n, dtype in ((0, 'float32'), (400, 'bfloat16'))))
+    monkeypatch.setattr(train, 'main', lambda args: None)
+    with pytest.raises(RuntimeError, match='computed in bfloat16 and in float32: remove'):
+        runs.run_one(job)
+
+
+def test_what_a_step_does_not_use_starts_nothing():
+    done = subprocess.run([sys.executable, '-m', 'experiments.scaling', '--compute=1e14'],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and 'are for the step plan' in done.stderr
+
+
 @pytest.fixture
 def tiny(elsewhere, monkeypatch):
     """The experiment with trained models, of a tiny one and bytes of words in random order."""
@@ -490,6 +507,8 @@ def test_a_verdict_needs_more_than_chance():
     assert runs.decide([claim]) == ['PASS'] and runs.decide([claim] * 2) == ['UNRESOLVED'] * 2
     assert runs.decide([claim, ([5, 5], '<=', 0)]) == ['PASS', 'FAIL']
     assert runs.decide([([0, 0], '>=', 0)]) == ['PASS']                 # nothing has changed
+    assert runs.decide([([math.inf], '>=', 0)]) == ['UNRESOLVED']       # one seed decides nothing
+    assert runs.decide([([math.inf, 1], '>=', 0)]) == ['PASS']
 
 
 # ------------------------------------------------------------------------------------------------
@@ -843,19 +862,26 @@ def test_the_page_says_what_was_measured_of_direct_training():
             assert mean > half and says.format(f'{mean:.1f} % {interval}') in page
         assert max(runs.compare(results, direct.TERNARY, side)[0] for side in (
             direct.ROWS, direct.BITNET)) < runs.compare(results, direct.TERNARY, direct.BITMUON)[0]
-    for a, b, sign, says in (
-            (direct.TERNARY, direct.BITNET, -1, 'It ends {} below BitNet with one scale'),
-            (direct.TERNARY, direct.MUON, 1, 'direct ternary ends {} above it'),
-            (direct.BITNET, direct.ROWS, 1, 'at 3.7M {} higher')):
-        mean, half = runs.compare(found['python'], a, b)
+    for corpus, a, b, sign, says in (
+            ('python', direct.TERNARY, direct.BITNET, -1, 'It ends {} below BitNet with one scale'),
+            ('sympy', direct.TERNARY, direct.BITNET, -1, 'on `python`, and {} on `sympy`, where'),
+            ('python', direct.TERNARY, direct.MUON, 1, 'ends above it by {} on `python`'),
+            ('sympy', direct.TERNARY, direct.MUON, 1, 'on `python` and by {} on `sympy`.'),
+            ('python', direct.BITNET, direct.ROWS, 1, 'at 3.7M {} higher on `python`')):
+        mean, half = runs.compare(found[corpus], a, b)
         mean *= sign
         assert mean > half
         said = f'{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})'
-        assert re.sub(r'\b0\.', '.', says.format(said)) in page
-    assert 'on `python`, it ends above Muon.' in readme
-    mean = {side: statistics.mean(runs.losses(found['python'], side).values())
-            for side in (*direct.SIDES[:6], direct.HALF)}
-    assert min(mean, key=mean.get) == direct.MUON and 'ends lowest on `python`' in page
+        assert re.sub(r'\b0\.', '.', says.format(said)) in page, says
+    for results in found.values():
+        mean = {side: statistics.mean(runs.losses(results, side).values())
+                for side in (*direct.SIDES[:6], direct.HALF)}
+        assert min(mean, key=mean.get) == direct.MUON
+    assert 'ends lowest on both corpora' in page and 'it ends above Muon.' in readme
+    _, *others = sorted(runs.differences(found['sympy'], direct.TERNARY, direct.BITNET))
+    assert f'{-others[-1]:.1f} to {-others[0]:.1f} %); by Holm' in page
+    *others, _ = sorted(runs.differences(found['sympy'], direct.BITNET, direct.ROWS))
+    assert f'does not copy, {others[0]:.1f} to {others[-1]:.1f} % on' in page.replace(' .', ' 0.')
     assert '`bitnet` still ends above this `baseline`, and Muon below' in readme
     for side, sign, says in (direct.BITNET, 1, 'BitNet ends {} above'), (
             direct.MUON, -1, 'Muon {} below it'):
@@ -945,8 +971,10 @@ def test_the_page_has_the_table_of_bits():
         found = [r for r in results if r['name'] == f'{code}, e of {e}']
         assert held == '{:.2f} + {:.2f}'.format(*bits.bits(results, code, e))
         assert losses == ', '.join(f"{r['val_loss']:.3f}" for r in found)
+    # older lines have a share for each line of the log
+    moved_of = lambda r: [r['moved']] if 'moved' in r else [share for _, share, _ in r['curve']]
     moved = [100 * statistics.mean(share for r in results if r['name'] == f'{code}, e of 8 bits'
-                                   for _, share, _ in r['curve']) for code in bits.CODES]
+                                   for share in moved_of(r)) for code in bits.CODES]
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
     assert 'a step moves {:.1f} % of ternary codes and {:.1f} % of int4 codes, after many ' \
         'gradients that agree, but {:.0f} % of int8 codes'.format(*moved).replace('0.', '.') in page
@@ -1053,7 +1081,7 @@ def test_the_page_says_what_was_measured_of_a_real_model():
 
 @pytest.mark.parametrize('section, place, file, columns', [
     ('Speed and memory', 0, 'bench-amd-epyc-2-cores-avx512.json', slice(1, 7)),
-    ('On a GPU', 0, 'bench-rows-nvidia-h200.json', slice(1, 5)),
+    ('On a GPU', 0, 'bench-rows-gpu-nvidia-h200.json', slice(1, 5)),
     ('What a GPU would run', 0, 'fusion.json', slice(2, 5))])
 def test_the_page_says_what_was_measured_of_speed(section, place, file, columns):
     """All that a row says is in one row of the file, in seconds there and ms here; rows come in the
