@@ -1022,10 +1022,10 @@ def equal(a, b):
         '--init_from=checkpoint')), ('--block_size=9999 --batch_size=1', 'lower block_size'),
     ('--dataset=nowhere', 'no dataset'), ('--dataset=openwebtext', 'openwebtext/prepare.py'),
     # what does not go with a checkpoint
-    ('{ckpt} --n_embd=32', 'another shape'), ('{ckpt} --rope_theta=5.', 'another rope_theta'),
+    ('{ckpt} --n_embd=32', 'another shape'), ('{ckpt} --n_head=1', 'n_head (2, not 1)'),
     ('{ckpt} config/qaft.py --sequences=1000000', 'ask for fewer'),
     *(('{ckpt} config/gptq.py --sequences=' + flags, says) for flags, says in (
-        ('0', 'needs data to calibrate'), ('1000000', 'ask for fewer'),
+        ('0', 'needs data'), ('1000000', 'ask for fewer'), ('8 config/peqa.py', 'trains nothing'),
         ('1 --damping=0 --optimizer=muon', 'more damping'), ('8 --stored=bf16', 'not bf16'),
         ('8 --weights=int4/row', 'quantizes weights once'), ('8 --stored=int4/48', 'of 48 do'),
         ('8 --stored=nvfp4', 'symmetric, signed'))), ('{ckpt} {ckpt}', 'two checkpoints')])

@@ -273,12 +273,13 @@ class Run:
         goes_on = c.init_from == 'resume' and not c.eval_only
         # what must be the same, and the shapes of the weights do not show
         shape = 'flavour n_head rope_theta norm_eps tied'.split() + ['keep'] * bool(old['stored'])
-        same = {key: (old[key], getattr(c, key)) for key in shape}
-        same['tokenizer'] = checkpoint['tokenizer'], self.tokenizer
+        same = {f'{k} ({old[k]}, not {vars(c)[k]})': (old[k], vars(c)[k]) for k in shape}
+        same[f'tokenizer (prepare text with --tokenizer={path})'] = \
+            checkpoint['tokenizer'], self.tokenizer
         if goes_on:
             same[f'sha256 of data than {c.dataset}'] = checkpoint['sha256'], self.meta['sha256']
-            same['product of processes, grad_accum and batch_size, the tokens per step'] = \
-                checkpoint['tokens'], self.tokens
+            same[f'number of tokens per step ({checkpoint["tokens"]}, not {self.tokens}), by '
+                 'processes, grad_accum and batch_size'] = checkpoint['tokens'], self.tokens
         if other := [key for key, (theirs, ours) in same.items() if theirs != ours]:
             fail(f'{path} has another {" and another ".join(other)}')
         if goes_on and not checkpoint['optimizer']:
@@ -319,10 +320,9 @@ class Run:
                 with suppress(FileNotFoundError):
                     os.remove(f'{config.out_dir}/{name}')
             self.log = open_log(f'{config.out_dir}/log.jsonl', self.step)
-            # each start has its own, as keys and machine may change when a run is resumed
             self.line(iter=self.step, config=asdict(config), sha256=sha256, world=self.world,
                       versions={'python': sys.version.split()[0], 'torch': torch.__version__,
-                                'device': device, 'dtype': dtype})
+                                'device': device, 'dtype': dtype})      # one for each start
         words = ', '.join(f'{key} {getattr(config, key)}' for key in STRATEGY
                           if getattr(config, key) != getattr(Config, key)) or 'full precision'
         folder = os.path.dirname(config.checkpoint) if config.eval_only else config.out_dir

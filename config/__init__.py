@@ -111,7 +111,8 @@ def read_arg(arg, Config):
             elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):
                 fail(f'{where}: a config file has lines of the form key = value and comments only')
     except Exception as e:      # no such file, no text, no Python
-        fail(f"{arg}:{getattr(e, 'lineno', 1)}: cannot read it, or not a config file: {e}")
+        fail(f"{arg}:{getattr(e, 'lineno', 1)}: cannot read it, or not a config file (of a "
+             f"checkpoint the name ends in .pt): {e}")
     return found
 
 
@@ -321,6 +322,8 @@ def check(c, given):
         (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
         (c.ptq and c.weights and c.quantize_head, 'ptq would leave the head in full precision: '
          'it was trained with quantize_head'),
+        (c.ptq and c.optimizer == 'scales', 'ptq trains nothing, and optimizer = scales does: '
+         'start it from the checkpoint of a run with config/gptq.py'),
         (c.quantize_head and not w and c.compute == 'codes', 'the head is not in `stored`: '
          'quantize_head needs weights, too, or compute = float'),
         (v and v.rotation, 'adam_v: v must stay positive; do not rotate it'),

@@ -41,7 +41,7 @@ def test_help_lists_every_key_and_every_word(capsys):
 
 @each('line, says', [('n_layer = "2"', 'n_layer must be an int'), ('import os', 'key = value'),
     ('learnng_rate = 1', "unknown key 'learnng_rate', did you mean 'learning_rate'"),
-    ('n_layer = open("x")', 'must be an int'), ('n_layer = = 2', 'not a config file'),
+    ('n_layer = open("x")', 'must be an int'), ('n_layer = = 2', '(of a checkpoint the'),
     ('n_layer += 1', 'key = value'), ('weights = 8', 'weights must be a str')])
 def test_a_bad_config_file_names_file_and_line(line, says, tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '8')                                     # on each machine
@@ -180,7 +180,8 @@ def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path, monkeypa
         prepare(tmp_path / name, name, [('train', text * 99), ('val', text * 99)], 258)
     train.main([*small, f'--dataset={tmp_path}/a', '--max_iters=1'])
     prepare(tmp_path / 'c', 'c', [('train', text * 99), ('val', text * 99)], path)  # a's tokens
-    assert 'another tokenizer' in error(path, *small, f'--dataset={tmp_path}/b', new)
+    assert f'another tokenizer (prepare text with --tokenizer={path})' in error(
+        path, *small, f'--dataset={tmp_path}/b', new)
     assert 'another tokenizer' in error(path, f'--dataset={tmp_path}/b', '--eval_only=True')
     train.main([str(path), *small, f'--dataset={tmp_path}/c', new, '--max_iters=1'])
     done, meta = log_of(tmp_path / 'run')[-1], json.loads((tmp_path / 'a/meta.json').read_text())

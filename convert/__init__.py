@@ -156,6 +156,8 @@ def main(argv, usage, types, write, read):
             path = f'{unfinished}/new'
             write(*found, path, *flags) if out else save(path, found)
             os.replace(path, target)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except ImportError as e:
         fail(f'{e}; pip install -r convert/requirements.txt')
     except Exception as e:      # damaged files, no network, ..: it may raise anything at all

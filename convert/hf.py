@@ -2,7 +2,8 @@
 Folders of transformers, LlamaForCausalLM and GPT2LMHeadModel: a checkpoint out, a model in.
 
     pip install -r convert/requirements.txt
-    python -m convert.hf out/ternary/ckpt.pt out/folder     [--type=bitnet]
+    python -m convert.hf out/ternary/ckpt.pt out/folder
+    python -m convert.hf out/bitnet/ckpt.pt out/folder --type=bitnet
     python -m convert.hf gpt2 out/gpt2/ckpt.pt              a name on the hub, or a folder
     python data/text/prepare.py MY_TEXTS/ --tokenizer=out/gpt2/ckpt.pt --out=data/mine
     python train.py out/gpt2/ckpt.pt config/gptq.py --dataset=mine
@@ -182,7 +183,7 @@ def read_tokenizer(theirs):
                      f'{", ".join(PATTERNS)} do, and does nothing else to it')
 
 
-COMMAND = 'convert.hf out/ternary/ckpt.pt out/folder', TYPES, write, read
+COMMAND = 'convert.hf out/bitnet/ckpt.pt out/folder', TYPES, write, read
 if __name__ == '__main__':
     logging.disable(logging.WARNING)            # transformers warns of what is checked here
     main(sys.argv[1:], *COMMAND)

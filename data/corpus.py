@@ -21,6 +21,7 @@ import lzma
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,13 +68,17 @@ def read_files(root, pattern='*', skip=(), max_bytes=math.inf):
         links += [path for path in (os.path.join(folder, f) for f in folders)
                   if os.path.islink(path)]
         for path in (Path(folder, name) for name in names):
-            if fnmatchcase(path.name, pattern) and wanted(path.name) and path.is_file():
-                if path.stat().st_size <= max_bytes:
-                    name, text = path.relative_to(root).as_posix(), read_text(path)
-                    if text is None:
-                        foreign.append(name)
-                    elif text:
-                        files.append((name, text))
+            try:
+                fits = (fnmatchcase(path.name, pattern) and wanted(path.name) and path.is_file()
+                        and path.stat().st_size <= max_bytes)
+            except OSError as error:
+                stop(error)
+            if fits:
+                name, text = path.relative_to(root).as_posix(), read_text(path)
+                if text is None:
+                    foreign.append(name)
+                elif text:
+                    files.append((name, text))
     for found, why in (foreign, 'files left out, as they are not UTF-8'), (
             links, 'folders left out, as they are links'):
         if found:
@@ -142,8 +147,6 @@ def prepare(out_dir, name, documents, which, limit=math.inf):
     try:
         tokenizer = make_tokenizer(which, ''.join(train))
         meta = write(Path(out_dir), name, tokenizer, documents, limit)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except Exception as error:  # a full disk, a folder we may not write to, a stream that broke, ..
         raise SystemExit(f'{name}: {out_dir} is not written: {error!r}') from None
     print(f"{name}: {meta['train_bytes'] / 1e6:.2f} MB to train, {meta['val_bytes'] / 1e6:.2f} to "
@@ -268,7 +271,8 @@ def read_dataset(root):
     name, script = dataset_name(root), f'{root}/prepare.py'
     if not os.path.exists(f'{root}/meta.json'):
         raise ValueError(f"no dataset '{name}': there is no {root}/meta.json" + (
-            f'; run python {os.path.relpath(script)}' if os.path.exists(script) else ''))
+            f'; run python {os.path.relpath(script)}' + ' FILE_OR_FOLDER ..' * (name == 'text')
+            if os.path.exists(script) else ''))
     try:
         with open(f'{root}/meta.json', encoding='utf-8') as file:
             meta = json.load(file)
@@ -357,6 +361,8 @@ def named(path):
 
 def arguments(doc, script, tokenizer=None):
     """An argument parser explained by `doc`, with --out and, given its default, --tokenizer."""
+    for number in (signal.SIGINT, signal.SIGTERM):      # what is half-written goes away
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     if sys.stdout:  # a console need not know every character of a path
         sys.stdout.reconfigure(errors='replace')
     parser = argparse.ArgumentParser(
@@ -367,6 +373,6 @@ def arguments(doc, script, tokenizer=None):
                         help='folder of the dataset (default: the one of this script)')
     if tokenizer:
         parser.add_argument('--tokenizer', default=tokenizer,
-                            help='256: bytes; more: a BPE of that many tokens; gpt2; or the path '
-                                 f'of a checkpoint, whose tokens to use (default: {tokenizer})')
+                            help='256: bytes; more: a BPE of that many tokens; gpt2; or a '
+                                 f'checkpoint (.pt), whose tokens to use (default: {tokenizer})')
     return parser

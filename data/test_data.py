@@ -9,8 +9,10 @@ import lzma
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +157,19 @@ def test_prepare_says_how_to_train_from_any_folder_on_any_console(tmp_path):
         done = subprocess.run([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', *args],
                               cwd=tmp_path, capture_output=True)
         assert done.returncode and b'it is empty' in done.stderr
+
+
+@each('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_preparing_leaves_nothing(number, tmp_path):
+    (tmp_path / 'mine.txt').write_text('some text of mine, and more of it. ' * 999_999)
+    process = subprocess.Popen([sys.executable, ROOT / 'data' / 'text' / 'prepare.py', 'mine.txt',
+                                '--tokenizer=256', '--out=mine'], cwd=tmp_path,
+                               stderr=subprocess.PIPE)
+    while process.poll() is None and not [*tmp_path.glob('mine/.tmp-*/*')]:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.communicate()[1] == b'' and process.returncode == 128 + number
+    assert not [*(tmp_path / 'mine').iterdir()]
 
 
 @each('n_words, dtype', [(65_279, np.uint16), (65_280, np.uint32)])

@@ -107,7 +107,7 @@ def make_tokenizer(which, text=''):
         return checkpoint_tokenizer(which)
     if not str(which).isdecimal() or not 256 <= int(which) <= 2**20:
         raise SystemExit(f'--tokenizer={which}: give 256 (bytes), 257 to {2**20} (BPE), gpt2, or '
-                         'the path of a checkpoint')
+                         'the path of a checkpoint, which ends in .pt')
     if int(which) == 256:
         return tokenizer_dict('bytes', r'[\s\S]', [bytes([byte]) for byte in range(256)])
     return tokenizer_dict('bpe', PATTERN, train_bpe(text, int(which) - 1), EOT)

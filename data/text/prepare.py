@@ -1,11 +1,13 @@
 """
-Your own text: files, or folders with everything below them that is UTF-8.
+Your own text: files, or folders with everything below them that is UTF-8, but for hidden files,
+__pycache__, *.bin and meta.json.
 
-    python data/text/prepare.py FILE_OR_FOLDER ... [--tokenizer=1024] [--out=data/mine]
+    python data/text/prepare.py FILE_OR_FOLDER ... --out=data/mine [--tokenizer=1024]
     python train.py --dataset=mine
 
 A file is a document. One in ten goes to val; of a few files, the last tenth of each.
 """
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +23,8 @@ def main():
     args = parser.parse_args()
     files = []
     for path in map(Path, args.paths):
-        found = read_files(path, '*', SKIP) if path.is_dir() else [(path.name, read_text(path))]
+        whole = os.path.isdir(path)
+        found = read_files(path, '*', SKIP) if whole else [(path.name, read_text(path))]
         if not any(text for _, text in found):
             raise SystemExit(f'{path}: no UTF-8 text here')
         files += found
