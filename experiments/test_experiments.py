@@ -865,6 +865,8 @@ def test_the_page_says_what_was_measured_of_direct_training():
     for corpus, a, b, sign, says in (
             ('python', direct.TERNARY, direct.BITNET, -1, 'It ends {} below BitNet with one scale'),
             ('sympy', direct.TERNARY, direct.BITNET, -1, 'on `python`, and {} on `sympy`, where'),
+            ('python', direct.TERNARY, direct.BITMUON, -1, '): direct ternary ends {} below it'),
+            ('sympy', direct.TERNARY, direct.BITMUON, -1, 'on `python` and {} on `sympy`. The'),
             ('python', direct.TERNARY, direct.MUON, 1, 'ends above it by {} on `python`'),
             ('sympy', direct.TERNARY, direct.MUON, 1, 'on `python` and by {} on `sympy`.'),
             ('python', direct.BITNET, direct.ROWS, 1, 'at 3.7M {} higher on `python`')):
@@ -875,8 +877,11 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert re.sub(r'\b0\.', '.', says.format(said)) in page, says
     for results in found.values():
         mean = {side: statistics.mean(runs.losses(results, side).values())
-                for side in (*direct.SIDES[:6], direct.HALF)}
+                for side in (*direct.SIDES[:7], direct.HALF)}
         assert min(mean, key=mean.get) == direct.MUON
+    little = [r['evaluations'][-1][2] for results in found.values() for r in results
+              if r['name'] == direct.BITMUON]
+    assert f'cost {min(little):.1f} to {max(little):.1f} nats'.replace('0.', '.') in page
     assert 'ends lowest on both corpora' in page and 'it ends above Muon.' in readme
     _, *others = sorted(runs.differences(found['sympy'], direct.TERNARY, direct.BITNET))
     assert f'{-others[-1]:.1f} to {-others[0]:.1f} %); by Holm' in page
