@@ -237,7 +237,7 @@ class Run:
             dist.barrier()
         self.train_data, self.val_data, self.meta = load_data(config)
         self.tokenizer = {key: self.meta[key] for key in TOKENIZER}
-        self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # matmuls like it
+        self.vocab_size = -(-self.meta['vocab_size'] // 64) * 64     # 64 suits the matmuls
         if config.quantize_head:        # its shape was not known to `parse`
             dry_run(config, self.vocab_size)
         self.tokens = config.grad_accum * world * config.batch_size * config.block_size  # a step

@@ -996,6 +996,11 @@ def test_the_pages_say_what_was_measured_of_memory():
     for recipe in memory.RECIPES.keys() - {'direct ternary', 'direct int4'}:
         assert all(ours < its for most in memory.MEGABYTES for ours, its in zip(
             found['direct ternary', most], found[recipe, most]))
+    mean = lambda recipe, most: statistics.mean(found[recipe, most])
+    above = mean('float32 AdamW', 9) - mean('direct ternary', 2.25)
+    page = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
+    assert f'AdamW {above:.2f} higher'.replace('0.', '.') in ' '.join(page.split())
+    assert abs(mean('BitNet without momentum', 9) - mean('direct ternary', 2.25)) < 0.03
 
 
 def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
