@@ -4,6 +4,7 @@ train.py, what goes out is made of one. Here is what both share: names, rows, to
 """
 import os
 import re
+import signal
 import sys
 import tempfile
 from contextlib import suppress
@@ -148,6 +149,7 @@ def main(argv, usage, types, write, read):
         fail(f'python -m {usage}, with --type={" or ".join(types)} if you like; or back, to a .pt')
     if os.path.exists(target):
         fail(f'{target} exists: write to another, or remove it')
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # what is half-written goes away
     try:
         found = read_checkpoint(source) if out else read(source)
         folder = os.path.dirname(os.path.abspath(target))

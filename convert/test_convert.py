@@ -6,7 +6,6 @@ Models that come in or go out are the same function there and here, or are refus
 """
 import json
 import math
-import os
 import re
 import signal
 from dataclasses import asdict, replace
@@ -127,10 +126,11 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='cannot convert'):
         hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')], *hf.COMMAND)
     assert [*tmp_path.iterdir()] == [tmp_path / 'ckpt.pt']
-    monkeypatch.setattr(hf, 'write_tokenizer', lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit, match='130'):
-        hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')], *hf.COMMAND)
-    assert [*tmp_path.iterdir()] == [tmp_path / 'ckpt.pt']
+    for number in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setattr(hf, 'write_tokenizer', lambda *_: signal.raise_signal(number))
+        with pytest.raises(SystemExit, match='130'):
+            hf.main([str(tmp_path / 'ckpt.pt'), str(tmp_path / 'x')], *hf.COMMAND)
+        assert [*tmp_path.iterdir()] == [tmp_path / 'ckpt.pt']
 
 
 @pytest.mark.parametrize('name', SHAPES)
