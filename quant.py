@@ -930,17 +930,17 @@ def rtn_(model, how):
 
 
 @torch.no_grad()
-def gptq(W, H, how, damping=0.01, act_order=False):
+def gptq(W, H, how, damping=0.01, act_order=True):
     """Codes q of W (out, in), a QTensor, that make (W - s q) x small for inputs x of the layer. The
     scales s are those of W; with mse, those of least sum H_ii (W - s q)_i^2, q rounded to nearest:
 
         q_i = clip(round(W_i / s), Qn, Qp),  e = (W_i - s q_i) / U_ii,  W[:, i:] -= e U[i, i:]
 
-    for columns i, in order or by descending H_ii (act_order): later columns make up for what the
-    rounding of one does to the output. H = 2 mean x x^T over tokens x, (in, in) float32; U is the
-    upper Cholesky factor, U^T U = (H + d I)^-1, d = damping times the mean of H_ii > 0. Where H_ii
-    is 0 it counts as 1, and the column is just rounded (Frantar et al., arXiv 2210.17323). Raises
-    ValueError where H is not positive definite."""
+    for columns i by descending H_ii (act_order), or in order, as published: later columns make up
+    for what the rounding of one does to the output. H = 2 mean x x^T over tokens x, (in, in)
+    float32; U is the upper Cholesky factor, U^T U = (H + d I)^-1, d = damping times the mean of
+    H_ii > 0. Where H_ii is 0 it counts as 1, and the column is just rounded (Frantar et al., arXiv
+    2210.17323). Raises ValueError where H is not positive definite."""
     s, n = replace(storable(how), rounding='nearest'), W.shape[1]
     s_W, *_ = find_scale(grouped(W.float(), s), s, grouped(H.diagonal().expand_as(W), s))
     scale = s_W.expand_as(grouped(W, s)).reshape(W.shape)              # (out, in)
@@ -969,7 +969,7 @@ def gptq(W, H, how, damping=0.01, act_order=False):
 
 
 @torch.no_grad()
-def gptq_(model, how, idx, damping=0.01, act_order=False, progress=iter):
+def gptq_(model, how, idx, damping=0.01, act_order=True, progress=iter):
     """GPTQ of block linears, but for `keep`, while all tokens idx (B, T) go through the model at
     once: what comes to a layer has gone through those before it, quantized."""
     if not len(idx) or not storable(how) or storable(how).grid == 'bf16':

@@ -1012,7 +1012,7 @@ def equal(a, b):
     *(('--' + flag, 'does nothing without ' + key) for flag, key in (
         ('code_lr=0.1', 'stored'), ('scale_lr=0.1', 'code_lr or optimizer=scales'),
         ('flavour=gpt2 --rope_theta=5.', 'flavour=llama'), ('quantize_head=True', 'weights or'),
-        ('act_order=True', 'ptq=gptq'), ('optimizer=muon --adam_v=rank1', 'optimizer=adamw'),
+        ('act_order=False', 'ptq=gptq'), ('optimizer=muon --adam_v=rank1', 'optimizer=adamw'),
         ('optimizer=scales --stored=int8 --adam_m=int8/row', 'optimizer=adamw or'),
         ('damping=.1', 'ptq=gptq'), ('backward=fold', 'weights or'),
         ('sample_tokens=0 --prompt=x', 'sample_tokens'), ('keep=h.0', 'weights or'))),

@@ -46,6 +46,8 @@ def rows():
                 found[f'rtn {how}'] = 'rtn', how, ''
                 if scale == '/mse' or not scale and group == 64:    # zero points are not stored
                     found[f'gptq {how}'] = 'gptq', how, ''
+    for how in 'int4/64/mse', 'int3/64/mse', 'int3/row/mse':
+        found[f'gptq {how}, columns in order'] = 'gptq in order', how, ''
     for bits in 4, 3:
         name = f'gptq int{bits}/64/mse, mlp.c_proj in int8/row'
         found[name] = 'gptq', f'int{bits}/64/mse', 'mlp.c_proj'
@@ -135,8 +137,8 @@ def quantized(base, method, how, keep, idx):
             q = quantize(layer.weight.data, how)
             layer.weight.data = dequantize(q)
             size += sum(t.nbytes for t in q[:4] if t is not None)
-    if method == 'gptq':
-        gptq_(model, how, idx, progress=tqdm)
+    if 'gptq' in method:
+        gptq_(model, how, idx, act_order='in order' not in method, progress=tqdm)
     elif not size:
         rtn_(model, how)
     size = size or sum(t.nbytes for m in layers.values() for t in m.stored_weight()[:2])

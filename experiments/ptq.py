@@ -1,7 +1,7 @@
 """
 Post-training quantization against quantization-aware fine-tuning (paper 3, 2410.14570).
 
-    python -m experiments.ptq                       two models, about six hours on two cores
+    python -m experiments.ptq                       two models, six hours or more on two cores
     python -m experiments.ptq --models small        one of them
 
 The block weights of a trained model are brought to 4, 3 and 2 bits: rounded to nearest (RTN), by

@@ -228,7 +228,8 @@ def measure(job):
         trained = run.model
         for name, (how, bits) in AFTER.items():
             run.model, grid = copy.deepcopy(trained), f'int{bits}/row'
-            rtn_(run.model, grid) if how == 'rtn' else gptq_(run.model, grid, run.sequences())
+            rtn_(run.model, grid) if how == 'rtn' else gptq_(
+                run.model, grid, run.sequences(), act_order=False)
             result[name] = run.evaluate(run.config.final_tokens, run.val_data)
     return result
 

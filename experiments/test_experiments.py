@@ -1027,7 +1027,7 @@ def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
         for name in ('base', 'int2/64/mse RTN'))
     cost = sorted((base[seed] < 2.5, two[seed] - base[seed]) for seed in range(11, 16))
     two, some = ([f'{x:.2f}'.lstrip('0') for copies, x in cost if copies == way] for way in (0, 1))
-    assert f'in two bits {two[0]} and {two[1]}, against {some[0]} to {some[-1]}' in page
+    assert f'costs those less ({two[0]} and {two[1]}, against {some[0]} to {some[-1]})' in page
     gptq, qaft = (float((row[3] or row[2]).split()[0]) for row in its[7:9])
     readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
     assert gptq < qaft and 'from its own weights, loses more than by GPTQ' in readme
