@@ -271,10 +271,10 @@ class GPT(nn.Module):
             if not caches or full:
                 caches = [KVCache(self.config.kv_cache) for _ in self.h]
                 new = idx[:, -max(1, self.block_size // 2) if full else -self.block_size:]
-            logits = self(new, caches=caches)[:, -1] / max(temperature, 1e-5)   # (B, vocab)
-            if top_k:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
-                logits = logits.masked_fill(logits < least, -math.inf)
-            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            logits = self(new, caches=caches)[:, -1]                            # (B, vocab)
+            k = (top_k if temperature else 1) or logits.shape[-1]       # also of ties, in bfloat16
+            logits, ids = logits.topk(min(k, logits.shape[-1]))
+            p = (logits / max(temperature, 1e-5)).softmax(-1)                   # (B, k)
+            new = ids.gather(1, torch.multinomial(p, 1, generator=generator))
             idx = torch.cat((idx, new), 1)
             yield new

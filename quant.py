@@ -63,7 +63,7 @@ WORDS = {  # field of Spec: its words; a block size, any number, is the other ki
     'scale': ['absmax', 'absmean', 'mse'], 'rounding': ['nearest', 'stochastic'],
     'map': list(MAPS), 'sign': ['symmetric', 'asymmetric'], 'rotation': ['hadamard'],
 }
-TINY = 2.0 ** -126      # the smallest scale, so that no quotient is 0 / 0
+TINY = 2.0 ** -126      # the smallest scale, so that no quotient is 0 / 0; in nvfp4, of outer
 INT_MM_CPU = 'AVX512' in torch.backends.cpu.get_cpu_capability()    # else _int_mm is plain loops
 
 
@@ -180,8 +180,8 @@ def quantize(x, how, key=0, scale=None, packed=True):
         asymmetric   q = clip(round(x / s - z), Qn, Qp)      s = (max - min) / (Qp - Qn),
                      z = round(min / s - Qn)                 min <= 0 <= max (paper 1)
 
-    All in float32. A `scale` that is given is kept. Unless `packed`, codes below 8 bits stay
-    float32. Raises ValueError if blocks or bytes do not divide C."""
+    All but `rotate` in float32. A `scale` that is given is kept. Unless `packed`, codes below 8
+    bits stay float32. Raises ValueError if blocks or bytes do not divide C."""
     s = spec(how)
     if s is None:
         return QTensor(x)
@@ -249,7 +249,7 @@ def grouped(x, s):
 
 
 def find_scale(x, s, weight=1.0):
-    """(scale, zero, outer) of x, grouped; mse weighs errors by `weight`. Zeros get TINY."""
+    """(scale, zero, outer) of grouped x; mse weighs errors by `weight`. Zeros have TINY or less."""
     grid, axis = GRIDS[s.grid], s.axis
     if s.sign == 'asymmetric':
         least = x.amin(axis, keepdim=True).clamp(max=0)             # so that 0 is a code
@@ -791,7 +791,7 @@ class Optimizer:
             of_m, of_v = (s.group if s else '' for s in how)
             if (kind == 'adamw' and not w.spec and of_m == of_v and isinstance(of_m, int)
                     and of_m % 8 == 0):
-                # m and v are in like blocks, of whole bytes: `apply` views w and g so, too
+                # m and v are in like blocks, of whole bytes: as rows, with w and g, fewer kernels
                 zeros = grouped(zeros, how[0]).flatten(0, -2)
             m, v = (quantize(zeros.clone(), s) for s in how)
             if config.beta1 == 0 and kind not in ('direct', 'muon'):
@@ -945,7 +945,7 @@ def gptq(W, H, how, damping=0.01, act_order=True):
     s_W, *_ = find_scale(grouped(W.float(), s), s, grouped(H.diagonal().expand_as(W), s))
     scale = s_W.expand_as(grouped(W, s)).reshape(W.shape)              # (out, in)
     H, alive = H.clone(), H.diagonal() > 0
-    damp = damping * H.diagonal()[alive].mean() if alive.any() else 0
+    damp = damping * H.diagonal()[alive].mean()
     H.diagonal().copy_(torch.where(alive, H.diagonal() + damp, 1.0))
     order = (H.diagonal() * act_order).argsort(descending=True, stable=True)    # all 0: as it is
     W, H, scale = W.float()[:, order], H[order][:, order], scale[:, order]

@@ -296,7 +296,7 @@ def check(c, given):
         if value not in CHOICES.get(key, [value]):
             fail(f"{key} = '{value}': use {', '.join(filter(None, CHOICES[key]))}")
         least = int(type(value) is int and getattr(default, key) and key not in MAY_BE_ZERO)
-        most = 1 if key in ('dropout', 'beta1', 'beta2') else 2 ** 63
+        most = 1 - 2 ** -24 if key in ('dropout', 'beta1', 'beta2') else 2 ** 63   # in float32
         if type(value) in (int, float) and not least <= value < most:
             fail(f'{key} = {value} must be at least {least}, and below {most:.3g}')
         s = specs[key] = meaning(key, value) if key in SPECS else None
@@ -318,7 +318,8 @@ def check(c, given):
     for wrong, why in (
         (c.min_lr > 1, f'min_lr = {c.min_lr} is a fraction of each rate: at most 1'),
         (not c.beta2, 'beta2 = 0: v is 0 wherever the gradient is 0, and the step explodes'),
-        (not (c.eps and c.rope_theta), 'eps and rope_theta must be greater than 0'),
+        (c.eps < 2 ** -126 or not c.rope_theta, 'eps must be at least 2 ** -126, and rope_theta '
+         'greater than 0'),
         (c.ptq and not stored, 'ptq quantizes weights to `stored`: give --stored=int4/row'),
         (c.ptq and c.weights and c.quantize_head, 'ptq would leave the head in full precision: '
          'it was trained with quantize_head'),

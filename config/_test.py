@@ -4,6 +4,7 @@ what is wrong with them is said in one line, and numbers in a log are what they 
 
     python -m pytest -q config/_test.py
 """
+import itertools
 import json
 import math
 import re
@@ -18,8 +19,8 @@ import train
 from config import load, locked, open_log
 from data.corpus import prepare, window_starts
 from quant import FORMATS, WORDS, Linear
-from test_quant import (TERNARY, at_home, checkpoint, data, each, equal, error, full,   # noqa: F401
-                        log_of, small)
+from test_quant import (CONFIGS, SIZES, STRATEGIES, TERNARY, at_home, checkpoint, data,     # noqa
+                        each, equal, error, full, log_of, small)
 from train import Config, Run, main, parse
 
 
@@ -30,6 +31,16 @@ def test_later_files_and_flags_win(tmp_path):
     c = parse([str(a), str(b), '--seed=7', '--bias=FALSE', '--prompt=1 + 1'])
     assert (c.learning_rate, c.n_layer, str(c.dropout)) == (2 * 3e-4, 4, '0.0')
     assert (c.seed, c.bias, c.prompt, c.out_dir) == (7, False, '1 + 1', 'out/a-b')
+
+
+def test_configs_are_short_and_fit_every_size():
+    for path in CONFIGS:
+        lines = path.read_text(encoding='utf-8').splitlines()
+        assert lines[0].startswith('# ') and sum(not x.startswith('#') for x in lines) <= 15
+    for size, name in [*itertools.product(['gpt2_xl'], STRATEGIES),     # 1600 = 25 x 64
+                       *itertools.product(SIZES, ['everything'])]:
+        codes = ['--stored=int2/64'] * (name == 'peqa')
+        train.parse([f'config/{size}.py', *codes, f'config/{name}.py', '--batch_size=1'])
 
 
 def test_help_lists_every_key_and_every_word(capsys):
@@ -129,12 +140,21 @@ def test_an_evaluation_repeats_its_noise_and_writes_nothing(small, data, tmp_pat
 
 def test_processes_and_micro_steps_have_noise_of_their_own(small, monkeypatch):
     run, keys = Run(parse([*small, '--grad_accum=2', '--activations=int8/stochastic']), 0, 1), []
-    run.model.register_forward_pre_hook(lambda model, _: keys.extend(
-        int(layer.key) for layer in model.modules() if isinstance(layer, Linear)))
+    run.model.register_forward_pre_hook(lambda model, _: keys.extend([torch.initial_seed(), *(
+        int(layer.key) for layer in model.modules() if isinstance(layer, Linear))]))    # of dropout
     monkeypatch.setattr(train.dist, 'all_reduce', lambda t: None)
     for run.world, run.rank, run.step in (1, 0, 1), (2, 0, 2), (2, 1, 2):
         run.advance()
-    assert len({*keys}) == len(keys) == 3 * 2 * 9
+    assert len({*keys}) == len(keys) == 3 * 2 * (1 + 9)
+
+
+def test_micro_steps_are_one_batch(small):
+    clips, small = [], [*small, '--grad_clip=1e-3', '--overwrite=True']
+    for n in 1, 2:
+        run = Run(parse([*small, f'--batch_size={4 // n}', f'--grad_accum={n}']), 0, 1)
+        run.advance()
+        clips.append(run.optimizer.rates['matrix'][-1].item())
+    assert clips[0] == pytest.approx(clips[1], rel=1e-3)
 
 
 def test_a_log_line_is_about_the_steps_since_the_last(small, full, tmp_path):
