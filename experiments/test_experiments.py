@@ -1080,8 +1080,8 @@ def test_the_page_says_what_was_measured_of_a_real_model():
     for name, bits, *cells in tables('A real language model')[0]:
         grid, how = name.split(',')[0], name.replace("llama.cpp's ", '').split(',')[0]
         more = ', mlp.c_proj in int8/row' * ('c_proj' in name)
-        names = [f'{way} {grid}{mse}{more}' for way in ('rtn', 'gptq') for mse in ('', '/mse')] \
-            if how == grid else [f'llama.cpp {how}']
+        names = [*(f'{way} {grid}{mse}{more}' for way in ('rtn', 'gptq') for mse in ('', '/mse')),
+                 f'gptq {grid}/mse, columns in order'] if how == grid else [f'llama.cpp {how}']
         for cell, key in zip(cells, names):
             r = results[key] if cell else {}
             rises = [f'{r[text]["rise"]:.3f}' for text in ('english', 'python') if cell]
