@@ -272,7 +272,7 @@ class GPT(nn.Module):
                 caches = [KVCache(self.config.kv_cache) for _ in self.h]
                 new = idx[:, -max(1, self.block_size // 2) if full else -self.block_size:]
             logits = self(new, caches=caches)[:, -1]                            # (B, vocab)
-            k = (top_k if temperature else 1) or logits.shape[-1]       # also of ties, in bfloat16
+            k = (top_k if temperature else 1) or logits.shape[-1]   # not more, where bfloat16 ties
             logits, ids = logits.topk(min(k, logits.shape[-1]))
             p = (logits / max(temperature, 1e-5)).softmax(-1)                   # (B, k)
             new = ids.gather(1, torch.multinomial(p, 1, generator=generator))

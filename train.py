@@ -96,7 +96,7 @@ class Config:
     # instead of training
     ptq: str = ''                # rtn or gptq: quantize trained weights, which become `stored`
     damping: float = 0.01        # added to the diagonal of GPTQ's Hessian, times its mean
-    act_order: bool = True       # by descending diagonal, not as they come, GPTQ takes columns
+    act_order: bool = True       # GPTQ takes columns by descending diagonal, not as they come
 
     # the data
     dataset: str = 'python'      # folder in data/, or with a / in it a path
