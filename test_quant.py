@@ -373,11 +373,10 @@ def test_the_backward_on_codes(w, a, g):
 
 @each('how', ['int4/row', 'nvfp4/hadamard', 'int4/8/hadamard/mse', *FORMATS])
 def test_all_three_matmuls_in_any_format(how):
-    """y = x^ w^T, dx = R(g) Q(w^T)^T, dw = R(g^T) Q(x^T)^T: groups along the sum in all three;
-    for each of its two R, g has noise of its own."""
-    by_chance, key, Q = f'{how}/stochastic', torch.tensor(0), lambda t: fake_quant(t, how)
-    (way, W, g), R = ways(how, how, by_chance, n=32, n_out=96), lambda t, n: fake_quant(
-        t, by_chance, stream(key, n))
+    """y = x^ w^T, dx = R(g) Q(w^T)^T, dw = R(g^T) Q(x^T)^T: groups along the sum; two noises R."""
+    Q, by_chance = lambda t: fake_quant(t, how), f'{how}/stochastic'
+    R = lambda t, n: fake_quant(t, by_chance, stream(torch.zeros((), dtype=torch.int32), n))
+    way, W, g = ways(how, how, by_chance, n=32, n_out=96)
     (y, dx, dw), x = way(backward='requantize'), normal(32, 64)
     assert close(y, Q(x) @ Q(W).T) and close(dx, R(g, 2) @ Q(Q(W).T).T)
     assert close(dw, R(g.T, 3) @ Q(Q(x).T).T)
@@ -1214,8 +1213,9 @@ train.main(last)""")
     a, b = ([line.get('train_loss', 0) for line in log[:9]] for log in (bf16, two))
     assert a != b and a == pytest.approx(b, abs=2e-2)
     # sums are rounded in another order, and after two steps a code moves in one run alone
+    assert [[s['world'] for s in log if 'world' in s] for log in (one, two)] == [[1, 2], [2, 2]]
     for i, (a, b) in enumerate(zip(one, two)):
-        assert a.keys() == b.keys() and a.get('world', 1 + (i > 0)) == b.get('world', 2) - (not i)
+        assert a.keys() == b.keys()
         for key in {'train_loss', 'val_loss', 'tokens', 'flips'} & a.keys():
             assert a[key] == pytest.approx(b[key], abs=1e-4 if i < 3 else 1e-2)
 

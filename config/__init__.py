@@ -298,7 +298,7 @@ def check(c, given):
         least = int(type(value) is int and getattr(default, key) and key not in MAY_BE_ZERO)
         most = 1 - 2 ** -24 if key in ('dropout', 'beta1', 'beta2') else 2 ** 63   # in float32
         if type(value) in (int, float) and not least <= value < most:
-            fail(f'{key} = {value} must be at least {least}, and below {most:.3g}')
+            fail(f'{key} = {value} must be at least {least}, and below {most:.8g}')
         s = specs[key] = meaning(key, value) if key in SPECS else None
         lowest = MAPS[s.map].level(GRIDS[s.grid].low) if s else -1
         if lowest >= 0 and key != 'adam_v' and s.sign == 'symmetric':

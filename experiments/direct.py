@@ -43,10 +43,9 @@ def tries(size):
     """{side: [keys for train.py]}, the first of which it takes until all have ended."""
     found = {}
     for side, how in HOW.items():
-        # around lower ones BitNet (tiny) and Muon (all sizes) did best at the top
-        rate = 6e-3 if size == 'tiny' else 1.5e-3
-        if side in (MUON, BITMUON) and size != 'tiny':
-            rate *= 4 if size == 'small' else 2
+        # of lower ones, the top was best for BitNet at the tiny size, and for Muon at each
+        muon = side in (MUON, BITMUON)
+        rate = 6e-3 if size == 'tiny' or muon and size == 'small' else 3e-3 if muon else 1.5e-3
         # without momentum, half the rate was better at the default size (results/tries.jsonl)
         first = 0.5 if side in (PLAIN, BF16) else 1
         key, middle = {TERNARY: ('code_lr', 0.08), INT8: ('code_lr', GRIDS['int8'])}.get(

@@ -1088,6 +1088,11 @@ def test_the_page_says_what_was_measured_of_a_real_model():
             rises = [f'{r[text]["rise"]:.3f}' for text in ('english', 'python') if cell]
             assert cell == ', '.join(rises) and (not cell or bits == f'{r["bits"]:.2f}'), name
     assert results['full precision']['differs_from_transformers'] < 1.2e-4      # as the page says
+    page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
+    ratios = [results[f'{name}, columns in order'][text]['rise'] / results[name][text]['rise']
+              for name in results if f'{name}, columns in order' in results
+              for text in ('english', 'python')]
+    assert f'GPTQ loses {min(ratios):.1f} to {max(ratios):.1f} times as much' in page
 
 
 @pytest.mark.parametrize('section, place, file, columns', [
