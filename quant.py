@@ -473,7 +473,7 @@ BACKWARD = dict(ste=straight_through, full=straight_through, fold=fold, requanti
 
 def operands(x, w, how, key):
     """x^ (N, in) and w^ (out, in) as the forward multiplies them; QTensors in, QTensors out."""
-    if how.weights:
+    if how.weights:         # so do `health`, and `exported` of convert
         w = quantize(dequantize(w), how.weights, stream(key, 0))
     if how.activations:
         x = quantize(x.codes, how.activations, stream(key, 1))
@@ -823,7 +823,7 @@ class Optimizer:
                 kind = 'direct' if c.code_lr > 0 and w.scale is not None else c.optimizer
                 if kind == 'scales' and w.scale is None:                    # it is in `keep`
                     kind = 'adamw'
-            else:               # embeddings and the head; norms and biases
+            else:       # of 2 dimensions, as embeddings and the head; or 1, as norms and biases
                 w, kind = QTensor(p.data), 'matrix' if p.dim() > 1 else 'vector'
             if rates[kind][0]:
                 weights[name] = kind, p, w

@@ -215,7 +215,7 @@ def finishing_steps():
         yield
     except RuntimeError as e:       # a Ctrl-C ends a compiler, too
         if stopping:
-            print(f'this step is not saved: {str(e)[:200]}', file=sys.stderr)
+            print(f'stopped by a signal; this step is not saved ({str(e)[:200]})', file=sys.stderr)
         raise KeyboardInterrupt if stopping else e
     finally:
         stopping.clear()

@@ -140,7 +140,8 @@ def save(path, checkpoint):
 
 
 def load(path, Config):
-    """A whole checkpoint of this version of the program, its tensors mapped from the file."""
+    """A whole checkpoint, its tensors mapped from the file. A key of Config that is newer gets its
+    default: what was done before there was the key."""
     if not os.path.isfile(path):
         fail(f'no checkpoint {path}')
     try:
@@ -148,6 +149,7 @@ def load(path, Config):
             if damaged := f.testzip():
                 raise ValueError(f'{damaged} is damaged')
         checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+        checkpoint['config'] = asdict(Config()) | checkpoint['config']
         kinds = {key: type(value) for key, value in checkpoint['config'].items()}
     except Exception as e:              # a damaged or foreign file raises anything at all
         fail(f'{path} is not a whole checkpoint of this program ({e!r}); use another')
@@ -303,13 +305,6 @@ def check(c, given):
         lowest = MAPS[s.map].level(GRIDS[s.grid].low) if s else -1
         if lowest >= 0 and key != 'adam_v' and s.sign == 'symmetric':
             fail(f"{key} = '{value}' has no negatives; use int, or asymmetric")
-    # a key that does nothing is a mistake, but for its default and for what a checkpoint hands on
-    for key, others in IDLE.items():
-        needs = [other.partition('=') for other in others.split()]
-        used = [vars(c)[k] == good if good else vars(c)[k] for k, _, good in needs]
-        if given.get(key, getattr(default, key)) != getattr(default, key) and not any(used):
-            fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}; "
-                 'leave it out')
     w, stored, m, v = (specs[key] for key in ('weights', 'stored', 'adam_m', 'adam_v'))
     try:
         re.compile(c.keep)
@@ -352,3 +347,10 @@ def check(c, given):
     ):
         if wrong:
             fail(why)
+    # a key that does nothing is a mistake, but for its default and for what a checkpoint hands on
+    for key, others in IDLE.items():
+        needs = [other.partition('=') for other in others.split()]
+        used = [vars(c)[k] == good if good else vars(c)[k] for k, _, good in needs]
+        if given.get(key, getattr(default, key)) != getattr(default, key) and not any(used):
+            fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}; "
+                 f'leave it out, or undo it by --{key}={getattr(default, key)}')
