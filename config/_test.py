@@ -8,6 +8,10 @@ import itertools
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,17 +23,17 @@ import train
 from config import load, locked, open_log
 from data.corpus import prepare, window_starts
 from quant import FORMATS, WORDS, Linear
-from test_quant import (CONFIGS, SIZES, STRATEGIES, TERNARY, at_home, checkpoint, data,     # noqa
-                        each, equal, error, full, log_of, small)
+from test_quant import (CONFIGS, ROOT, SIZES, STRATEGIES, TERNARY, TORCHRUN, at_home,        # noqa
+                        checkpoint, data, each, equal, error, full, log_of, small)
 from train import Config, Run, main, parse
 
 
 def test_later_files_and_flags_win(tmp_path):
     a, b = tmp_path / 'a.py', tmp_path / 'b.py'
-    a.write_text('"""what it is"""\nlearning_rate = 2 * 3e-4\nn_layer = 2 ** 3\nseed = 1\n')
-    b.write_text('n_layer = -1 + 5\ndropout = 0\n')
+    a.write_text('"""what it is"""\nlearning_rate = 2 * 3e-4 / 4\nn_layer = 2 ** 3\nseed = 1\n')
+    b.write_text('n_layer = -1 + 7 - 2\ndropout = 0\n')
     c = parse([str(a), str(b), '--seed=7', '--bias=FALSE', '--prompt=1 + 1'])
-    assert (c.learning_rate, c.n_layer, str(c.dropout)) == (2 * 3e-4, 4, '0.0')
+    assert (c.learning_rate, c.n_layer, str(c.dropout)) == (1.5e-4, 4, '0.0')
     assert (c.seed, c.bias, c.prompt, c.out_dir) == (7, False, '1 + 1', 'out/a-b')
 
 
@@ -74,16 +78,18 @@ def test_an_argument_that_another_would_undo_is_refused(full, small):
     assert parse([path, 'config/qaft.py']).out_dir == f'out/{full.name}-qaft'
     assert parse(['--out_dir=x/']).out_dir == 'x'                       # its hints name x, not x/
     assert 'log_interval = 0 must be at least 1' in error(*small, '--log_interval=0')
-    for key, x in ('n_head', 1), ('norm_eps', 0.1), ('tied', False):
+    for key, x in ('n_head', 1), ('norm_eps', .1), ('tied', False), ('rope_theta', 5.):
         assert f'another {key}' in error(path, *small[:-1], f'--out_dir={full}x', f'--{key}={x}')
 
 
 def test_a_checkpoint_hands_on_the_model_and_not_the_run(small, tmp_path):
-    main([*small, '--overwrite=True', '--prompt=x', '--max_iters=1'])
+    main([*small, '--overwrite=True', '--prompt=x', '--max_iters=1', '--top_k=1',
+          '--temperature=.5', '--samples=2'])
     path = tmp_path / 'run' / 'ckpt.pt'
     c, before = parse([str(path)]), path.read_bytes()
     assert (c.n_layer, c.out_dir, c.overwrite, c.device) == (2, 'out/run', False, 'auto')
-    assert c.prompt == Config.prompt
+    assert all(vars(c)[key] == getattr(Config, key) for key in (
+        'prompt', 'top_k', 'temperature', 'samples', 'sample_tokens'))
     # nor may a new run throw it away
     assert 'would throw away' in error(path, f'--out_dir={path.parent}', '--overwrite=True')
     # not even for one that the vocabulary does not let begin
@@ -116,6 +122,9 @@ def test_an_evaluation_is_the_loss_of_windows_all_over_the_text(full):
     windows = torch.stack([ids[i:i + 33] for i in np.linspace(0, len(ids) - 33, 5).astype(int)])
     x, y = windows[:, :-1], windows[:, 1:]
     loss, *_, before, last = run.evaluate(5 * 32, run.val_data), *log_of(full)
+    assert run.seconds == last['seconds'] > 0
+    most = (len(ids) - 1) // 32 * 32                                    # no window twice
+    assert run.evaluate(2 * most, run.val_data) == run.evaluate(most, run.val_data)
     logits = run.model.eval()(x).flatten(0, 1)
     assert loss == pytest.approx(F.cross_entropy(logits, y.flatten()).item(), rel=1e-5)
     assert before['val_loss'] == pytest.approx(loss)                    # eval_tokens; final_tokens
@@ -157,14 +166,16 @@ def test_micro_steps_are_one_batch(small):
     assert clips[0] == pytest.approx(clips[1], rel=1e-3)
 
 
-def test_a_log_line_is_about_the_steps_since_the_last(small, full, tmp_path):
+def test_a_log_line_is_about_the_steps_since_the_last(small, full, tmp_path, monkeypatch):
     first, *steps, last = log_of(full)
     steps = [line for line in steps if 'schedule' in line]
     config = Config(**first['config'])
     assert all(s['schedule'] == train.schedule(config, s['iter'] - 1) for s in steps)
     assert sum(4 * 32 / s['tokens_per_s'] for s in steps) == pytest.approx(last['seconds'])
+    monkeypatch.setattr(train.time, 'perf_counter', itertools.count().__next__)
     for n in 1, 3:
         main([*small, f'--log_interval={n}', f'--out_dir={tmp_path}/{n}', '--compile=no'])
+        assert log_of(tmp_path / f'{n}')[-1]['seconds'] == 6            # a step takes one
     a, b = ([line['train_loss'] for line in log_of(tmp_path / f'{n}') if 'train_loss' in line]
             for n in (1, 3))
     assert b == pytest.approx([sum(a[:3]) / 3, sum(a[3:]) / 3])
@@ -174,13 +185,34 @@ def test_a_log_line_is_about_the_steps_since_the_last(small, full, tmp_path):
     assert path.read_text() == '{"config": 1}\n{"iter": 2}\n'
 
 
-def test_a_seed_is_a_model_and_sequences_are_windows(small, full, tmp_path):
+def test_a_seed_is_a_model_and_sequences_are_windows(small, full, tmp_path, monkeypatch):
     a, b = (Run(parse([*small, '--overwrite=True', f'--seed={s}']), 0, 1).model for s in (1, 2))
     assert not torch.equal(a.wte.weight, b.wte.weight)
     run = Run(parse([f'{full}/ckpt.pt', '--sequences=6', '--eval_only=True']), 0, 1)
     starts = window_starts(replace(run.config, batch_size=6), 0, len(run.train_data), 1).ravel()
     assert sorted(run.sequences().tolist()) == sorted(
         run.train_data[i:i + 32].tolist() for i in starts)
+    monkeypatch.setattr(train, 'gptq_', lambda *how: starts.put([0, 1], how[3:5]))
+    Run(parse([f'{full}/ckpt.pt', 'config/gptq.py', *small, '--overwrite=True', '--sequences=6',
+               '--damping=7.', '--act_order=False']), 0, 1)
+    assert (*starts[:2],) == (7, False)
+
+
+def test_killed_while_saving_and_resumed(small, tmp_path):
+    """kill -9, on Linux of torchrun: out_dir holds a whole checkpoint, and goes on."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    args = ['config/ternary.py', *small, '--eval_interval=1', '--max_iters=30']
+    torchrun = [*TORCHRUN, '--nproc_per_node=1'] if sys.platform == 'linux' else []
+    process = subprocess.Popen([sys.executable, *torchrun, 'train.py', *args,
+                                f'--out_dir={killed}'], cwd=ROOT, stdout=subprocess.PIPE)
+    main([*args, f'--out_dir={whole}'])
+    while process.poll() is None and len([*killed.glob('ckpt.pt*')]) < 2:   # one is ckpt.pt.tmp
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate(timeout=20)                                     # nobody is left to write
+    assert process.returncode == -signal.SIGKILL and 0 < checkpoint(killed)['iter'] < 30
+    main([f'--out_dir={killed}', '--init_from=resume'])
+    assert equal(checkpoint(whole), checkpoint(killed))
 
 
 def test_only_a_lack_of_memory_is_called_so(small, monkeypatch):
@@ -208,10 +240,12 @@ def test_another_tokenizer_of_the_same_size_is_refused(small, tmp_path, monkeypa
     bits = done['val_loss'] / math.log(2)               # per token; and a token has 1.1 bytes
     assert done['val_bpb'] == pytest.approx(bits / meta['bytes_per_token'])
     begun = []                                          # without a prompt, by the end of a text
-    monkeypatch.setattr(train.GPT, 'generate', lambda _, idx, *rest: begun.append(idx) or [])
+    monkeypatch.setattr(train.GPT, 'generate', lambda model, idx, *how: begun.append(
+        (model.training, idx.tolist(), *how[:3], how[3].initial_seed())) or [])
     args = [str(path), f'--dataset={tmp_path}/a', '--eval_only=True', '--prompt=']
-    Run(parse(args), 0, 1).sample()
-    assert begun[0].tolist() == [[257]] and [*meta['special'].values()] == [257]
+    Run(parse([*args, '--samples=2', '--top_k=3', '--temperature=.5']), 0, 1).sample()
+    assert begun == [(False, [[257]], 256, 0.5, 3, seed) for seed in (1337, 1338)]
+    assert [*meta['special'].values()] == [257]
 
 
 @each('how', ['int4/row', 'ternary/tensor/absmean'])
