@@ -215,6 +215,14 @@ def test_killed_while_saving_and_resumed(small, tmp_path):
     assert equal(checkpoint(whole), checkpoint(killed))
 
 
+def test_a_closed_stdout_loses_nothing(small, tmp_path):
+    process = subprocess.Popen([sys.executable, 'train.py', *small], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b'Error' not in process.stderr.read() and process.wait() == 0
+    assert checkpoint(tmp_path / 'run')['iter'] == 6 and log_of(tmp_path / 'run')[-1]['done']
+
+
 def test_only_a_lack_of_memory_is_called_so(small, monkeypatch):
     def fails(*_):
         raise RuntimeError(says)
