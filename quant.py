@@ -473,7 +473,7 @@ BACKWARD = dict(ste=straight_through, full=straight_through, fold=fold, requanti
 
 def operands(x, w, how, key):
     """x^ (N, in) and w^ (out, in) as the forward multiplies them; QTensors in, QTensors out."""
-    if how.weights:         # so do `health`, and `exported` of convert
+    if how.weights:     # `health` and convert's `exported` round w like this, too
         w = quantize(dequantize(w), how.weights, stream(key, 0))
     if how.activations:
         x = quantize(x.codes, how.activations, stream(key, 1))

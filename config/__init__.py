@@ -353,4 +353,4 @@ def check(c, given):
         used = [vars(c)[k] == good if good else vars(c)[k] for k, _, good in needs]
         if given.get(key, getattr(default, key)) != getattr(default, key) and not any(used):
             fail(f"{key} = {given[key]!r} does nothing without {' or '.join(others.split())}; "
-                 f'leave it out, or undo it by --{key}={getattr(default, key)}')
+                 f'leave it out, or undo it by --{key}={getattr(default, key)!r}')

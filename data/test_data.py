@@ -46,11 +46,11 @@ def test_bpe_and_bytes_give_the_text_back(tmp_path):
     assert train_bpe('aab aab aac', 257)[256].decode() == max(sorted(set(pairs)), key=pairs.count)
     # each word counts as often as it is there, and of a tie the smallest bytes win
     assert train_bpe('xyz\nxyz\nxyz\nxz\nxz', 259)[256:] == [b'xy', b'xyz', b'xz']
+    assert train_bpe('ba\nba\nab\nab', 257)[256] == b'ab'
     meta = prepare(tmp_path, 'x', [('train', 'ab ' * 9), ('val', 'cd ' * 99)], 258)
     assert meta['ranks'][256:] == ['ab']                                # of train alone
     two = tokenizer_dict('bpe', PATTERN, ranks[:256], EOT, 'PAD')       # the first ends a document
     assert [*corpus.encode(two, [('val', 'a')])] == [('val', 'a', [97, 256])]
-    assert train_bpe('ba\nba\nab\nab', 257)[256] == b'ab'
 
 
 def test_what_is_not_text_and_what_is_no_vocabulary(tmp_path, capsys):

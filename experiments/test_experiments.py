@@ -4,6 +4,7 @@ The experiments: every row is a run, what is interrupted goes on, and verdicts a
     python -m pytest -q experiments/test_experiments.py
 """
 import argparse
+import inspect
 import json
 import math
 import os
@@ -782,6 +783,18 @@ def test_rows_of_memory_and_bits_are_runs():
     assert sizes == sorted(sizes, reverse=True)         # in the order of the table
 
 
+def test_the_readme_makes_adamw_cautious():
+    agree, new = re.findall('^((?:agree|new) = .*?)(?:  +#.*)?$', (ROOT / 'README.md').read_text(
+        encoding='utf-8'), re.M)
+    source, old = inspect.getsource(quant.adamw_step), new.partition(' * agree')[0]
+    assert source.count(f'    {old}\n') == 1
+    exec(source.replace(old, f'{agree}; {new}'), space := dict(vars(quant)))
+    w, m, v = (quant.QTensor(torch.tensor(x)) for x in ([3., 3.], [1., -1.], [1., 1.]))
+    h = torch.tensor(quant.Rates(0.1, 0.0, 0.9, 0.9, 1.0, 1.0, 0.0, 1.0))
+    space['adamw_step'](w, torch.ones(2), m, v, h, 0)       # m is 1, and goes twice as far, and -.8
+    assert torch.allclose(w.codes, torch.tensor([2.8, 3.0]))
+
+
 def test_the_commands_of_the_readme(small, tmp_path):
     """What they name is there, and the first of them trains."""
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -961,8 +974,9 @@ def test_the_page_says_what_was_measured_of_direct_training():
     copied = {name: [r['evaluations'][-1][2] for results in small.values() for r in results
                      if r['name'] == name]
               for name in (direct.TERNARY, direct.PLAIN, direct.ADAMW, direct.ROWS,
-                           direct.BITMUON, direct.HALF)}
-    assert [sum(x >= 0.5 for x in xs) for xs in copied.values()] == [10, 9, 7, 5, 2, 1]
+                           direct.BITMUON, direct.HALF, direct.BITNET)}
+    assert [sum(x >= 0.5 for x in xs) for xs in copied.values()] == [10, 9, 7, 5, 2, 1, 1]
+    assert len(copied[direct.BITNET]) == 5
     assert min(copied[direct.TERNARY]) >= 1
     pairs = [x for results in small.values()
              for x in runs.differences(results, direct.TERNARY, direct.ROWS)]
