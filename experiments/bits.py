@@ -48,24 +48,25 @@ def bits(results, code, m):
 
 def draw(results, path):
     """A line for each kind of codes, from no e to one of 32 bits."""
-    from experiments.figures import pyplot
+    from experiments.figures import METHODS, pyplot
     figure, panel = pyplot.subplots(figsize=(8, 5))
     marks = dict(zip(GATHERED, 'xv^so'))
-    for i, code in enumerate(CODES):
-        points = []
+    for code in CODES:
+        points, color = [], METHODS[f'direct {code}']['color']
         for m in GATHERED:
             if found := [*losses(results, f'{code}, e of {m}').values()]:
                 points.append((sum(bits(results, code, m)), *interval(found), m))
         for x, y, half, m in points:
             panel.errorbar(x, y, half if half > 0 else None, fmt=marks[m], capsize=2,
-                           color=f'C{i}', markersize=6)
+                           color=color, markersize=6)
         if points:
             x, y, *_ = zip(*points)
-            panel.plot(x, y, color=f'C{i}', label=f'codes: {code}')
+            panel.plot(x, y, color=color, label=f'codes: {code}')
     for m, mark in marks.items():
         panel.plot([], mark, color='0.4', label=f'e: {m}')
-    panel.set(xscale='log', xlabel='bits of a weight that last: code, scale and e',
-              ylabel='validation loss, nats/token')
+    panel.set(xscale='log', ylabel='validation loss, nats/token; bars: 95 % intervals',
+              xlabel='bits of a weight that last: its code and scale, and e, the sum of steps that '
+                     'have not moved the code')
     ticks = [2, 4, 8, 16, 32]
     panel.set_xticks(ticks, ticks)
     panel.minorticks_off()

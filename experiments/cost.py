@@ -51,23 +51,30 @@ def measure():
 def plot(path, data):
     """Draw the points of a file to cost.png beside it."""
     from experiments.figures import METHODS, pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    for panel, axis, label in zip(panels, ('width', 'context'),
-                                  ('width (context 256)', 'context in tokens (width 256)')):
-        for name, marker in zip(STRATEGIES, 'o+x^'):       # two of the lines coincide
-            points = [p for p in data['points'] if p['axis'] == axis and p['strategy'] == name]
-            panel.plot([p['value'] for p in points], [p['seconds_a_token'] * 1e6 for p in points],
-                       marker + '-', color=METHODS[name], markersize=7,
-                       label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
-        panel.set(xscale='log', yscale='log', xlabel=label)
-        panel.set_xticks([p['value'] for p in points], [str(p['value']) for p in points])
-        panel.minorticks_off()
+    figure, panels = pyplot.subplots(2, 2, figsize=(9, 6.5), sharex='col', sharey='row')
+    for axis, column, label in zip(('width', 'context'), panels.T,
+                                   ('width (context 256)', 'context in tokens (width 256)')):
+        by_name = {name: [p for p in data['points'] if (p['axis'], p['strategy']) == (axis, name)]
+                   for name in STRATEGIES}
+        for name, points in by_name.items():
+            x, y = ([p[key] for p in points] for key in ('value', 'seconds_a_token'))
+            column[0].plot(x, [1e6 * s for s in y], **METHODS[name], ms=6,
+                           label=f'{name}: {points[-1]["bytes_a_weight"]:.2f}')
+            if name != 'float32':
+                column[1].plot(x, [s / p['seconds_a_token'] for s, p in zip(
+                    y, by_name['bfloat16'])], **METHODS[name], ms=6)
+        column[0].set(xscale='log', yscale='log')
+        column[1].set(xlabel=label)
+        column[1].set_xticks(x, map(str, x))
+        for panel in column:
+            panel.minorticks_off()
     times = [p['seconds_a_token'] * 1e6 for p in data['points']]
     ticks = [m * 10.0 ** e for e in range(-4, 5) for m in (1, 2, 5)]
     ticks = [t for t in ticks if min(times) / 2 < t < max(times) * 2]
-    panels[0].set_yticks(ticks, [f'{t:g}' for t in ticks])
-    panels[0].set_ylabel('microseconds a token of training')
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
+    panels[0, 0].set_yticks(ticks, [f'{t:g}' for t in ticks])
+    panels[0, 0].set_ylabel('microseconds a token of training')
+    panels[1, 0].set_ylabel('that time against bfloat16')
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
                   title='bytes per weight of the blocks: weights + optimizer states')
     figure.suptitle(f'Time a token: {data["gpu"] or data["machine"]}, torch '
                     f'{data["versions"]["torch"]}, {data["date"]}')

@@ -82,8 +82,8 @@ def draw(runs, path):
     if layers:
         panels[1, 0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
         panels[1, 0].set(ylabel='signal to noise of rounding, dB')
-        for kind, mark in MARKS.items():
-            panels[1, 0].plot([], mark, color='black', label=kind)
+        for kind in [kind for kind in MARKS if any(kind in ratios for *_, ratios in runs)]:
+            panels[1, 0].plot([], MARKS[kind], color='black', label=kind)
         panels[1, 0].legend(fontsize=8)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside right upper',
                title='run and its last validation loss')

@@ -18,7 +18,6 @@ skipped), .md and .png.
 import math
 import re
 import statistics
-from collections import Counter
 
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
                               load, parser_of, report, results_of, run_all, run_one, seeded,
@@ -146,38 +145,27 @@ CLAIMS = [  # (family, what it says, a, '<=' or '>=', percent, b); of paper 2 so
 
 
 def draw(results, path):
-    """The loss of each side against the bytes that it holds of a weight, and the way there: its
-    loss above that of direct ternary, and how well random tokens are copied."""
+    """The loss of each side, by the bytes that it holds of a weight, and the way there: its loss
+    above that of direct ternary, and how well random tokens are copied."""
     from experiments.figures import METHODS, pyplot
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4.2))
-
-    def points(names, seeds=None):
-        """(bytes, mean loss, half of its interval) of those that ran and ended."""
-        for name in names:
-            found = losses(results, name)
-            values = [found[seed] for seed in seeds or found if seed in found]
-            if values and math.inf not in values:
-                size = next(r for r in results if r['name'] == name)['bytes']['linear']
-                mean, half = interval(values)
-                yield size['weights'] + size['optimizer'], mean, half if len(values) > 2 else 0
-
-    look = {name: dict(color=METHODS[name]) for name in SIDES}
-    look[HALF], beside = dict(color=METHODS[HALF], ls='--', mfc='white'), Counter()
-    for name in (*SIDES, HALF):
-        for x, y, half in points([name]):
-            left.errorbar(x * 0.95 ** beside[round(x, 1)], y, half, marker='o', capsize=2,
-                          label=name, **look[name])
-            beside[round(x, 1)] += 1
-    first = [result['seed'] for result in results[:1]]       # all rows have it
-    for section, like, last in ('stored', TERNARY, []), ('ternary forward', INT8, [INT8]):
-        if found := [*zip(*points([*rows(HOW)[section], *last], first))]:
-            left.plot(*found[:2], 's-', color=METHODS[like], mfc='white', lw=1,
-                      label=f'{section}: int3, 4, 8; one seed')
-    left.set(xscale='log', xlabel='bytes of a weight and its states; equal ones side by side',
-             ylabel='validation loss, nats/token', title='Loss against bytes')
-    ticks = [1, 1.5, 2, 3, 4, 6, 8, 12]
-    left.set_xticks(ticks, [f'{t:g}' for t in ticks])
-    left.minorticks_off()
+    found = []              # (bytes of a weight and its states, name, [losses of its seeds])
+    for name in (*SIDES, HALF, *rows(HOW)['stored'], *rows(HOW)['ternary forward']):
+        values = [*losses(results, name).values()]
+        if values and math.inf not in values:
+            size = next(r for r in results if r['name'] == name)['bytes']['linear']
+            found.append((size['weights'] + size['optimizer'], name, values))
+    found.sort(reverse=True)
+    for place, (size, name, values) in enumerate(found):
+        mean, half = interval(values)
+        left.errorbar(mean, place, xerr=half if len(values) > 2 else None, capsize=2, ms=6,
+                      **METHODS.get(name, dict(color='0.6', marker='.')))
+    left.set_yticks(range(len(found)), [f'{name}, {size:.1f} bytes' for size, name, _ in found])
+    low, high = left.get_xlim()         # at least 4 % of the loss, so that little looks little
+    more = max(0, 0.02 * (low + high) - (high - low)) / 2
+    bars = any(len(values) > 2 for *_, values in found)
+    left.set(xlim=(low - more, high + more), title='At the end; bytes of a weight with its states',
+             xlabel='validation loss, nats/token; ' + ('95 % intervals' if bars else 'one seed'))
     base = {r['seed']: r['evaluations'] for r in results if r['name'] == TERNARY and r['val_loss']}
     for side in (*SIDES, HALF):
         # (its evaluations but for the last, of more text; those of direct ternary) of each seed
@@ -188,12 +176,12 @@ def draw(results, path):
             both = [[*zip(*pair)] for pair in pairs]        # of each seed, by evaluation
             above = [statistics.mean(ours[1] - its[1] for ours, its in at) for at in zip(*both)]
             copied = [statistics.mean(ours[2] for ours, _ in at) for at in zip(*both)]
-            middle.plot(steps, above, **look[side])
-            right.plot(steps, copied, **look[side])
-    middle.set(xlabel='step', ylabel='nats/token above direct ternary', title='The way there')
-    right.set(xlabel='step', ylabel='nats that a token costs less',
-              title='Random tokens, the second time')
-    figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=4)
+            middle.plot(steps, above, **METHODS[side])
+            right.plot(steps, copied, **METHODS[side])
+    middle.set(xlabel='step', ylabel='validation loss above that of direct ternary, nats/token',
+               title='The lead of direct ternary on the way')
+    right.set(xlabel='step', ylabel='how much less a token costs the second time, nats',
+              title='Copying: random tokens that repeat')
     figure.savefig(path)
 
 

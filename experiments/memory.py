@@ -77,17 +77,19 @@ def draw(points, path):
     operations, [losses])]}."""
     from experiments.figures import METHODS, pyplot
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    for panel, axis, label in zip(panels, (0, 1), ('MB of weights, optimizer states and gradients',
-                                                   'operations of training, 6 N D')):
+    labels = ('MB of weights, optimizer states and gradients',
+              'operations of training: 6 x parameters x tokens')
+    for axis, (panel, label) in enumerate(zip(panels, labels)):
         for recipe, found in points.items():
             x, y = [p[axis] for p in found], [statistics.mean(p[2]) for p in found]
-            panel.plot(x, y, 'o-', color=METHODS[recipe], label=recipe)
-            panel.plot(x, [p[2] for p in found], '.', color=METHODS[recipe], ms=4)
+            panel.plot(x, y, **METHODS[recipe], ms=6, label=recipe)
+            panel.plot(x, [p[2] for p in found], '.', color=METHODS[recipe]['color'], ms=4)
         panel.set(xscale='log', xlabel=label)
     panels[0].set_xticks(MEGABYTES, MEGABYTES)
     panels[0].minorticks_off()
     panels[0].set(ylabel='validation loss, nats/token', title='The same tokens, and memory')
     panels[1].set_title('The same runs by what they compute')
+    panels[0].plot([], [], '.', color='0.4', ms=4, label='one seed')
     panels[0].legend()
     figure.savefig(path)
 

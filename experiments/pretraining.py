@@ -170,8 +170,9 @@ def draw(results, sections, path, most=100):
                 values.append(value)
     for kind, (label, style) in kinds.items():
         x, y, halves = drawn[kind]
-        panel.errorbar(x, y, xerr=None if kind == 'beyond' else halves, capsize=2, color='C0',
-                       label=label, **style)
+        if x:
+            panel.errorbar(x, y, xerr=None if kind == 'beyond' else halves, capsize=2, color='C0',
+                           label=label, **style)
     panel.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for label in panel.get_yticklabels():
         label.set_weight('bold' if label.get_text() in sections else 'normal')

@@ -362,42 +362,51 @@ def draw(everything, path):
     """Costs by bits; of the first model that reports on other seeds than the one that chose, also
     costs by local error, and the loss on the way."""
     from experiments.figures import METHODS, pyplot
-    fig, (one, two, three) = pyplot.subplots(1, 3, figsize=(13, 4.4))
-    for (model, found), marker in zip(everything.items(), 'os'):
+    color = lambda method: METHODS[method]['color']
+    figure, (one, two, three) = pyplot.subplots(1, 3, figsize=(13, 4.4))
+    for (model, found), marker in zip(everything.items(), 'oD'):
         curves = {}
         for (grid, method), value in costs(found).items():
             beside = int(grid[3]) + 0.04 * (len(DRAWN) / 2 - DRAWN.index(method))
             curves.setdefault((method, grid[5:-4]), []).append((beside, *interval([*value])))
         for (method, group), points in curves.items():
-            one.errorbar(*zip(*points), marker=marker, capsize=3, color=METHODS[method],
+            one.errorbar(*zip(*points), marker=marker, capsize=3, color=color(method),
                          ls='-:'[group == 'row'])
         for group in sorted({group for _, group in curves}):
             one.plot([], [], marker + '-:'[group == 'row'], color='0.4',
                      label=f'{model}, a scale per {group}')
-    found = next(found for found in everything.values() if 'line' in found['', 'base'][0])
+    name, found = next((name, found) for name, found in everything.items()
+                       if 'line' in found['', 'base'][0])
     for (grid, method), value in costs(found).items():
         two.plot(of(found, grid, method, 'error').mean(), value.mean(), '^so'[int(grid[3]) - 2],
-                 color=METHODS[method])
+                 color=color(method))
+    for mark, bits in zip('os^', (4, 3, 2)):
+        two.plot([], mark, color='0.4', label=f'{bits} bits')
     grid = next(grid for grid, _ in found if grid[:4] == 'int3')
     for method in (m for m in DRAWN if m == 'random' or (grid, m) in found):
         r = of(found, grid, method.replace('random', 'RTN'), 'distance').mean()
         three.plot([a * r for a in WAY], ways(found, grid, method).mean(0), 'o-',
-                   color=METHODS[method], markevery=[WAY.index(1)])
+                   color=color(method), markevery=[WAY.index(1)])
     for axis, title, x, more in (
-            (one, 'cost', 'bits of a weight', {'xticks': (2, 3, 4)}),
-            (two, 'cost; circles 4, squares 3, triangles 2 bits',
-             'local error, |(Q - W) X|^2 / |W X|^2', {'xscale': 'log'}),
-            (three, f'on the way to {grid}', 'distance from the trained weights', {})):
-        axis.set(title=title, xlabel=x, ylabel='rise of the loss; tuned, over the control', **more)
+            (one, 'What few bits cost', 'bits of a weight; marks are shifted sideways',
+             {'xticks': (2, 3, 4)}),
+            (two, f'{name}: cost by local error', 'local error, |(Q - W) X|^2 / |W X|^2',
+             {'xscale': 'log'}),
+            (three, f'{name}: on the straight way to {grid[:4]}; dots: there',
+             'distance from the trained weights', {})):
+        axis.set(title=title, xlabel=x, **more)
         if axis is not three:
+            low = axis.dataLim.ymin
             axis.set_yscale('symlog', linthresh=0.01, linscale=0.3)
-            axis.set_ylim(min(0, axis.dataLim.ymin))
-    one.legend()
+            axis.set_ylim(0.8 * low if low > 0.01 else min(0, low))
+            axis.legend(loc='upper right' if axis is one else 'upper left')
+    one.set_ylabel('rise of the loss, nats/token')
     shown = {'random', *(method for found in everything.values() for _, method in found)}
     for method in filter(shown.__contains__, DRAWN):        # in any of the panels
-        three.plot([], [], 'o-', color=METHODS[method], label=method)
-    three.legend()
-    fig.savefig(path)
+        three.plot([], [], 'o-', color=color(method), label=method)
+    figure.legend(*three.get_legend_handles_labels(), loc='outside lower center', ncols=7,
+                  title='the rise is over the trained model; of what is fine-tuned, over the control')
+    figure.savefig(path)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -393,35 +393,42 @@ def table(full, points):
 
 
 def draw(found, told, points, target):
-    """What three precisions add, against data, and all that was predicted of the held-out size. A
-    dotted line is four times the noise; a triangle at the edge is a delta below it."""
+    """What three precisions add, against data, and all that was predicted of the held-out size."""
     from experiments.figures import pyplot
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 9))
     (*laws, last), sizes = panels.flat, sorted({p['N'] for p in points})
-    for panel, name in zip(laws, ('w2', 'direct ternary', 'gptq 2')):
+    titles = {'w2': 'two-bit weights in the forward', 'direct ternary': 'direct ternary',
+              'gptq 2': 'full precision, then GPTQ to two bits'}
+    for panel, (name, title) in zip(laws, titles.items()):
         for i, N in enumerate(sizes):
             mine, held = [p for p in points if (p['of'], p['N']) == (name, N)], N == sizes[-1]
             D, delta = arrays(mine, 'D', 'delta')
             panel.plot(D, delta, 'oD'[held], color=f'C{i}',
-                       label=f'N = {N / 1e3:.0f}k' + ', held out' * held)
+                       label=f'{N / 1e3:.0f}k weights' + ', held out' * held)
             under = D[delta < found['noise']]           # at the edge
             panel.plot(under, 0 * under + found['noise'], 'v', color=f'C{i}')
             for form, style in (('A', '--'), ('B', '-')):
                 law = found[form].get(name, (math.nan, 0, 0))
                 panel.plot(np.sort(D), cost(law, N, np.sort(D)), style, color=f'C{i}')
-        panel.set(title=f'{name}; dashed: form A, solid: form B', xlabel='D, MB of text read',
-                  ylabel='delta, nats a byte')
-        panel.axhline(4 * found['noise'], color='0.6', ls=':')      # below it, nothing is fitted
+        panel.set(title=title, xlabel='MB of text read', ylabel='rise of the loss, nats a byte')
+        panel.axhline(4 * found['noise'], color='0.6', ls=':')
     clear = [p for p in points if p['N'] == sizes[-1] and p['delta'] > 4 * found['noise']]
-    for form in 'AB':
-        last.plot([p['delta'] for p in clear], [told[form].get(p['name']) for p in clear], 'o',
-                  label=f'form {form}')
-    for factor, color in ((1, '0.4'), (1 - BAR / 100, '0.8'), (1 + BAR / 100, '0.8')):
-        last.axline((0.1, 0.1 * factor), (1, factor), color=color)
-    last.set(title=f'Delta, held out; grey: {BAR} % off', xlabel='measured', ylabel='predicted')
+    for form, mark, color in ('A', 's', '0.6'), ('B', 'o', 'black'):
+        last.plot([p['delta'] for p in clear], [told[form].get(p['name']) for p in clear], mark,
+                  color=color, label=f'predicted by form {form}')
+    for factor, color, label in ((1, '0.4', 'as measured'), (1 - BAR / 100, '0.8', f'{BAR} % off'),
+                                 (1 + BAR / 100, '0.8', None)):
+        last.axline((0.1, 0.1 * factor), (1, factor), color=color, label=label)
+    last.set(title='The held-out size, all ways of few bits', xlabel='measured, nats a byte',
+             ylabel='predicted, nats a byte')
+    last.legend()
     for panel in panels.flat:
         panel.set(xscale='log', yscale='log')
-        panel.legend()
+    for style, label in (('--', 'form A, fitted without the held-out size'),
+                         ('-', 'form B, likewise'), ('v', 'below the picture'),
+                         (':', 'four times the noise; nothing below it is fitted')):
+        laws[0].plot([], style, color='0.4', label=label)
+    figure.legend(*laws[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     for panel in laws:
         low, high = panel.get_ylim()
         panel.set_xticks([MB * 2 ** 20 for MB in (1, 2, 4, 8)], (1, 2, 4, 8))
