@@ -545,7 +545,7 @@ class Run:
             rate = config.max_iters * self.tokens / self.seconds
             self.say(f'{rate:.0f} tokens/s, {self.seconds:.0f} s of training\ngo on: python '
                      f'train.py --out_dir={out} --init_from=resume --max_iters={2 * self.step}')
-        self.say(f'sample: python train.py {out}/ckpt.pt --eval_only=True --prompt=..\n'
+        self.say(f'sample: python train.py {out}/ckpt.pt --eval_only=True --prompt="def "\n'
                  f'plot: python -m experiments.curve {os.path.dirname(out) or "."}/*/log.jsonl\n'
                  f'checkpoint {out}/ckpt.pt, log {out}/log.jsonl')
 

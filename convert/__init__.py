@@ -166,6 +166,6 @@ def main(argv, usage, types, write, read):
         fail(f'cannot convert {source}: {e}')
     lost = [key for key in ('activations', 'kv_cache') if out and getattr(found[0].config, key)]
     with suppress(OSError):     # nobody need listen
-        print(f'wrote {target}', *(f'{key} may be rounded otherwise there, or not' for key in lost),
+        print(f'wrote {target}', *(f'a reader may round {key} otherwise, or not' for key in lost),
               *[f'on data in its tokens: python train.py {target} --eval_only=True --dataset=..']
               * (not out), sep='; ')

@@ -405,7 +405,7 @@ def draw(everything, path):
     for method in filter(shown.__contains__, DRAWN):        # in any of the panels
         three.plot([], [], 'o-', color=color(method), label=method)
     figure.legend(*three.get_legend_handles_labels(), loc='outside lower center', ncols=7,
-                  title='the rise is over the trained model; of what is fine-tuned, over the control')
+                  title='rise over the trained model; of what is fine-tuned, over the control')
     figure.savefig(path)
 
 

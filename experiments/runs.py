@@ -240,7 +240,7 @@ def run_all(path, todo, jobs, keep=(), run=run_one, cost=None):
         try:
             hours = sum(map(cost or seconds, missing.values())) / min(jobs, cores()) / 3600
             tqdm.write(f'{path.name}: {len(missing)} of {len(todo)} runs to train, about '
-                       f'{hours:.1f} hours')
+                       f'{hours:.1f} hours, or up to twice that')
             for future in tqdm(as_completed(pending), path.stem, len(pending), unit='run'):
                 try:
                     result = future.result()
@@ -273,11 +273,13 @@ def gives_dtype(args):
 
 
 def seconds(job):
-    """About what it takes to train, on one core: half a minute to compile and then, as measured at
-    widths of 128 and 256, 4e10 weights times tokens a second; the rest goes with the width."""
+    """About what it takes to train, on one core: half a minute to compile and then, in bfloat16,
+    4e10 weights times tokens a second; the rest goes with the width. Most of the runs in results/
+    took .6 to 1.7 times as long."""
     c = replace(train.Config(), **{k: v for k, v in keys(job.args).items() if k != 'checkpoint'})
     tokens = c.max_iters * c.grad_accum * c.batch_size * c.block_size
-    return 30 + tokens * (weights(c) / 4e10 + c.n_embd / 4e6)
+    slower = (2 if c.dtype == 'float32' else 1) * (1.5 if c.optimizer == 'muon' else 1)
+    return 30 + tokens * slower * (weights(c) / 4e10 + c.n_embd / 4e6)
 
 
 def results_of(path, jobs):

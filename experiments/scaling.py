@@ -457,10 +457,16 @@ def plan(options):
             best = min(best, (float(L[i]), float(N[i]), float(D[i]), name))
     if math.isinf(best[0]):
         raise SystemExit('no model is so small: give more')
-    print('loss {:.3f} nats a byte with N = {:.3g} weights, D = {:.3g} bytes of text, {}'.format(
-        *best) + f'\nby form {form}, whose median error of delta on the held-out size was '
-        f'{errors[form]:.0f} %;\nit was fitted to ' + ' and '.join(
-            f'{x} = {low:.3g} to {high:.3g}' for x, (low, high) in found['range'].items()))
+    L, N, D, name = best
+    print(f'loss {L:.3f} nats a byte with N = {N:.3g} weights, D = {D:.3g} bytes of text, {name}')
+    if name in KIND:
+        n, errors = found['score'].get(KIND[name], (0, {}))
+        print(f'by form {form}; on the held-out size, ' + (
+            f'its median error of delta was {errors[form]:.0f} % with {KIND[name]} in few bits'
+            if n else f'no delta of {name} was clear of the noise, so its error is not known'))
+    for x, (low, high) in found['range'].items():
+        beyond = '' if low <= {'N': N, 'D': D}[x] <= high else ', and this is beyond it'
+        print(f'the law was fitted to {x} = {low:.3g} to {high:.3g}{beyond}')
     return best
 
 

@@ -672,6 +672,8 @@ def test_the_scaling_experiment_finds_the_laws_again(form, tmp_path, monkeypatch
     assert said.count('**PASS**') > 12 and 'unresolved' not in said
     told = capsys.readouterr().out
     assert (tmp_path / 'scaling.png').exists() and ('by form B' in told or form == 'A')
+    kind = next(scaling.KIND[name] for name in scaling.KIND if f'bytes of text, {name}\n' in told)
+    assert f'was {found["score"][kind][1][form]:.0f} % with {kind} in few bits' in told
     told = scaling.read('-predictions.json')
     delta = {p['name']: p['delta'] for p in scaling.measured(held=False)[1]}
     assert all(x == delta[name.replace('d=208', 'd=144')] for name, x in told['copy'].items())
@@ -682,6 +684,9 @@ def test_the_scaling_experiment_finds_the_laws_again(form, tmp_path, monkeypatch
     loss, N, D, name = scaling.plan(argparse.Namespace(
         compute=1e13, memory=math.inf, tokens=math.inf))
     assert name == 'full precision' and 6 * N * D == pytest.approx(1e13, rel=0.05)
+    told = capsys.readouterr().out
+    assert 'form' not in told and [line.endswith('beyond it') for line in told.splitlines()[-2:]] \
+        == [not low <= x <= high for x, (low, high) in zip((N, D), found['range'].values())]
     assert all(loss < scaling.full_loss(found['base'], N * x, D / x) for x in (0.7, 1.4))
 
 
@@ -783,6 +788,20 @@ def test_rows_of_memory_and_bits_are_runs():
     assert sizes == sorted(sizes, reverse=True)         # in the order of the table
 
 
+def test_the_readme_computes_what_a_linear_does():
+    lines = re.search(r'```python\n(xq, .*?)```', (ROOT / 'README.md').read_text('utf-8'), re.S)[1]
+    how = dict(zip(('activations', 'weights', 'gradients'), ('int8/row', 'int4/row', 'int4/row')))
+    x, w, g = (torch.randn(shape).requires_grad_() for shape in ((3, 8), (4, 8), (3, 4)))
+    with torch.no_grad():
+        exec(lines, space := {**vars(quant), **how, 'x': x, 'w': w, 'g': g})
+    layer = quant.Linear(8, 4, how=quant.How(**how))
+    layer.weight.data = w.data
+    y = layer(x)
+    y.backward(g)
+    assert torch.equal(y, space['y']) and torch.equal(x.grad, space['dx'])
+    assert torch.equal(layer.weight.grad, space['dw'])
+
+
 def test_the_readme_makes_adamw_cautious():
     agree, new = re.findall('^((?:agree|new) = .*?)(?:  +#.*)?$', (ROOT / 'README.md').read_text(
         encoding='utf-8'), re.M)
@@ -867,7 +886,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert [f'{lead[step]:.2f}'[1:] for step in (400, 1200, 5000)] == [*nats, '.01']
         assert lead[1600] < lead[1200] / 2 and its[1600][1] > 0.5 > its[1200][1]
         assert ours[1200][1] > 0.5 > ours[400][1]
-    assert 'within the noise of AdamW and BitNet (one seed)' in readme
+    assert 'it cannot be told from AdamW and BitNet (one seed each)' in readme
     for name, *cells in rows:
         for results, cell in zip([*found.values(), *small.values(), *tiny], cells, strict=True):
             assert bool(cell) == (len(runs.losses(results, name)) > 2), name
@@ -898,7 +917,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
     md = (runs.RESULTS / 'direct-tiny-python.md').read_text(encoding='utf-8').splitlines()
     assert ['| ' + ' | '.join(row) + ' |' for row in told] == \
         [line for line in md if line.startswith('| 2 |')]
-    assert 'Whether it differs from AdamW is not clear' in readme
+    assert 'It cannot be told from AdamW' in readme
     for results in [*found.values(), tiny[0]]:
         mean, half = runs.compare(results, direct.TERNARY, direct.HALF)
         assert abs(mean) < half
@@ -938,12 +957,30 @@ def test_the_page_says_what_was_measured_of_direct_training():
     little = [r['evaluations'][-1][2] for results in found.values() for r in results
               if r['name'] == direct.BITMUON]
     assert f'cost {min(little):.1f} to {max(little):.1f} nats'.replace('0.', '.') in page
-    assert 'ends lowest on both corpora' in page and 'it ends above Muon.' in readme
+    assert 'ends lowest on both corpora' in page and 'and Muon ends lower.' in readme
     _, *others = sorted(runs.differences(found['sympy'], direct.TERNARY, direct.BITNET))
     assert f'{-others[-1]:.1f} to {-others[0]:.1f} %); by Holm' in page
     *others, _ = sorted(runs.differences(found['sympy'], direct.BITNET, direct.ROWS))
     assert f'does not copy, {others[0]:.1f} to {others[-1]:.1f} % on' in page.replace(' .', ' 0.')
     assert '`bitnet` still ends above this `baseline`, and Muon below' in readme
+    lead = {step: [] for step in (800, 1600, 2000, 2400)}       # by evaluation windows
+    for results in found.values():
+        for i, (step, *_) in enumerate(results[0]['evaluations'][:-1]):
+            at = [{**r, 'val_loss': r['evaluations'][i][1]} for r in results]
+            lead.get(step, []).append(-runs.compare(at, direct.TERNARY, direct.ROWS)[0])
+    says = ('{:.1f} and {:.1f} % at step 800', '{:.1f} and {:.1f} % at 1,600',
+            '{:.1f} and {:.1f} % at 2,000', 'and {:.1f} and {:.1f} % at the end')
+    assert all(text.format(*both) in page for text, both in zip(says, lead.values()))
+    took = {side: [r['seconds'] for results in found.values() for r in results
+                   if r['name'] == side] for side in direct.SIDES[:6]}
+    slow, others = took.pop(direct.MUON), sum(took.values(), [])
+    assert f'{min(slow):.0f} to {max(slow):,.0f} s against {min(others):.0f} to ' \
+        f'{max(others):.0f} s' in page
+    from scipy.stats import t
+    for side, says in ((direct.TERNARY, 'direct ternary would have ± {:.1f}'),
+                       (direct.MUON, 'one of Muon ± {:.1f}')):
+        sd = statistics.stdev(runs.differences(tiny[0], side, direct.HALF))
+        assert says.format(t.ppf(0.975, 4) * sd) in page
     for side, sign, says in (direct.BITNET, 1, 'BitNet ends {} above'), (
             direct.MUON, -1, 'Muon {} below it'):
         mean, half = runs.compare(tiny[0], side, direct.HALF)
@@ -952,8 +989,8 @@ def test_the_page_says_what_was_measured_of_direct_training():
         assert says.format(f'{mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})') in page, side
     mean, half = runs.compare(tiny[0], direct.ADAMW, direct.HALF)
     assert f'worse by {mean:.1f} % ({mean - half:.1f} to {mean + half:.1f})' in page
-    alone = 'direct ternary is no worse than BitNet with one scale'
-    muon = 'nor than BitNet with Muon'
+    alone = 'no worse than BitNet with one scale'
+    muon = 'no worse than BitNet with Muon'
     for corpus, more, passed in ('python', ' on average', [alone, muon]), ('sympy', '', [muon]):
         mean, half = runs.compare(small[corpus], direct.TERNARY, direct.ROWS)
         interval = f'({-mean - half:.1f} to {half - mean:.1f})'
@@ -1108,7 +1145,7 @@ def test_the_page_has_the_scores_and_claims_of_the_laws():
     assert all('| ' + ' | '.join(row) + ' |' in lines for row in score + told)
     readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
     a, b = (round(float(cell.split(' %')[0])) for cell in score[0][2:4])
-    assert re.search(rf'with {b} % error, the form of \[Kumar et al.\]\(.*?\) {a} %', readme)
+    assert re.search(rf'to {b} % \(median\), the form of \[Kumar et al.\]\(.*?\) to {a} %', readme)
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
     found = json.loads((runs.RESULTS / 'scaling-fit.json').read_text(encoding='utf-8'))
     deltas = [float(at.split()[-1]) for line in lines
