@@ -5,6 +5,7 @@ The experiments: every row is a run, what is interrupted goes on, and verdicts a
 """
 import argparse
 import inspect
+import itertools
 import json
 import math
 import os
@@ -860,7 +861,7 @@ def test_the_page_says_what_was_measured_of_direct_training():
         runs.RESULTS / f'direct-{size}-{corpus}.jsonl',
         sum(direct.jobs_of(size, corpus).values(), [])) for corpus in ('python', 'sympy')}
         for size in ('default', 'small', 'tiny'))
-    by_seed, rows, large, tries, _, changes, told = tables('Direct training')
+    by_seed, rows, large, tries, _, changes, told, _ = tables('Direct training')
     for name, *cells in by_seed:
         for results, cell in zip([*found.values(), *small.values()], cells, strict=True):
             assert cell == ', '.join(f'{loss:.3f}' for _, loss in sorted(
@@ -1067,6 +1068,46 @@ def test_the_pages_say_what_was_measured_of_strategies():
     lines = [line.split(' | ') for line in runs.claim_lines(results, pretraining.CLAIMS)
              if '**' in line]
     assert [row[1:] for row in told] == [[c[1], c[3], c[4].removesuffix(' |')] for c in lines]
+
+
+def test_the_numbers_of_the_readme():
+    """Those that no other test holds: its first run, bytes of the strategies, what was found."""
+    pytest.importorskip('scipy')
+    readme = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
+    for first, *_, cell, _ in tables('Strategies', '.')[0]:
+        for how, said in zip(re.findall('`(.*?)`', first), itertools.cycle(cell.split(', '))):
+            if how in ('gptq', 'qaft', 'peqa'):         # they begin with a trained model
+                continue
+            name, *flags = how.split()
+            c = train.parse([f'config/{name}.py', *flags])
+            quant.rtn_(model := GPT(c, 1024), c.stored)
+            size = quant.bytes_held(model, quant.Optimizer(model, c))['linear']
+            assert f"{size['weights']:.1f} + {size['optimizer']:.1f}" == (said or '4.0 + 8.0'), how
+    last = runs.read(runs.RESULTS / 'ternary.jsonl')[-1]
+    w, g, states = last['bytes']['linear'].values()
+    for said in (f"val loss {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte; on "
+                 f"train.bin {last['loss_on_train']:.4f} (",
+                 f'weights {w:.2f}, gradients {g:.2f}, optimizer {states:.2f}, weights + optimizer '
+                 f'{w + states:.2f}',
+                 'codes: ' + ', '.join(f'{k} {v:.2f}' for k, v in last['levels'].items())):
+        assert said in readme
+    results = runs.read(runs.RESULTS / 'pretraining.jsonl')
+    mean, half = zip(*(runs.compare(results, name, pretraining.BASE)
+                       for name in ('w8a8', 'w8a8g8', 'a4')))
+    assert f'| {mean[0]:.1f} and {mean[1]:.1f} % more loss'.replace('0.', '.') in readme
+    low, high = mean[1] - half[1], mean[1] + half[1]
+    said = f'{mean[1]:.1f} % ({low:.1f} to {high:.1f}); four-bit'
+    assert re.sub(r'\b0\.', '.', said) in readme
+    assert f'add {mean[2]:.1f} % ({mean[2] - half[2]:.1f} to {mean[2] + half[2]:.1f})' in readme
+    results = runs.read(runs.RESULTS / 'bits.jsonl')
+    four, one = (runs.compare(results, f'{code}, e of none', f'{code}, e of 8 bits')[0]
+                 for code in ('ternary', 'int8'))
+    assert f'{four:.0f} % higher with ternary codes and {one:.1f} % with int8' in readme
+    ours, theirs = (runs.read(runs.RESULTS / f'gpu-124m-{name}.jsonl')[-1]['val_loss']
+                    for name in ('ternary', 'bf16'))
+    assert f'ended {100 * (ours / theirs - 1):.0f} % above bfloat16' in readme
+    told = json.loads((runs.RESULTS / 'scaling-fit.json').read_text(encoding='utf-8'))
+    assert f"smaller model's to {told['score']['all'][1]['copy']:.0f} %" in readme
 
 
 def test_the_page_has_the_table_of_bits():
