@@ -1168,6 +1168,19 @@ def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
         '0. learning_rate=1e-3', '1e-2', '1e-2 learning_rate=1e-3'))]
     for how, (_, *cells) in zip(tried, parts):
         assert cells == [f"{loss[f'int{n}/64/mse {how}'] - loss['base']:+.3f}" for n in (3, 2)]
+    windows = {r['name'].removeprefix('smollm2 int2/64/mse '): r['report'] for r in runs.read(
+        runs.RESULTS / 'ptq.jsonl') if r['name'].startswith('smollm2')}
+    rise = {name: np.subtract(xs, windows['smollm2 base']) for name, xs in windows.items()}
+    gptq, tuned = rise['GPTQ'], rise[f'{ptq.SCALES} 1e-2 1']
+    *others, worst = sorted(gptq)
+    assert f'it loses {worst:.1f}, the others {others[0]:.1f} to {others[-1]:.1f}.' in page
+    at = gptq.argmax()
+    for says, name in (('mend that ({:.1f})', 'QAFT from GPTQ 1e-3 1'),
+                       ('and norms ({:.1f})', f'{ptq.SCALES} 0. learning_rate=1e-3 1')):
+        assert says.format(rise[name][at]) in page
+    assert f'tuned scales do ({tuned.max():.2f} at most)'.replace('0.', '.') in page
+    gain = gptq - tuned + rise['smollm2 control 3e-4 1']
+    assert gain.min() > 0 and f'in two bits, {gain.mean():.2f} on average' in page
     base, two = ({r['seed']: statistics.mean(r['report']) for r in runs.read(
         runs.RESULTS / 'ptq.jsonl') if r['name'] == f'small {name}'}
         for name in ('base', 'int2/64/mse RTN'))
