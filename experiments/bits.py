@@ -78,13 +78,16 @@ def main(options):
     stem, todo = RESULTS / 'bits', jobs(options.seeds)
     results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
     lines = ['# Loss against the bits of a weight that last', *claim_lines(results, CLAIMS), '',
-             '| codes | e | bits: code + e | val loss |', '|---|---|---|---|']
+             '| codes | e | bits: code + e | val loss | train loss |', '|---|---|---|---|---|']
     for code in CODES:
         for m in GATHERED:
-            if found := [*losses(results, f'{code}, e of {m}').values()]:
+            found = [*losses(results, name := f'{code}, e of {m}').values()]
+            train = [r['loss_on_train'] for r in results if r['name'] == name]
+            if found:
                 code_bits, more = bits(results, code, m)
                 lines.append(f'| {code} | {m} | {code_bits:.2f} + {more:.2f} | '
-                             + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
+                             + ' | '.join(', '.join(f'{loss:.3f}' for loss in some)
+                                          for some in (found, train)) + ' |')
     report(stem, lines)
     draw(results, stem.with_suffix('.png'))
 

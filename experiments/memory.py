@@ -99,11 +99,12 @@ def main(options):
     results = run_all(stem.with_suffix('.jsonl'), todo, options.jobs)
     points, lines = {}, ['# Loss against the memory of training', '',
                          '| recipe | MB at most | held | parameters | tokens a parameter '
-                         '| val loss |',
-                         '|---|---|---|---|---|---|']
+                         '| val loss | train loss |',
+                         '|---|---|---|---|---|---|---|']
     for recipe in RECIPES:
         for most in MEGABYTES:
             found = [*losses(results, name := f'{recipe}, {most} MB').values()]
+            train = [r['loss_on_train'] for r in results if r['name'] == name]
             if found:
                 args = next(job.args for job in todo if job.name == name)
                 (_, model), held = model_of(args), megabytes(args)
@@ -111,7 +112,8 @@ def main(options):
                 points.setdefault(recipe, []).append((held, 6 * n * tokens, found))
                 lines.append(f'| {recipe} | {most} | {held:.2f} | {n / 1e6:.2f}M | '
                              f'{tokens / n:.1f} | '
-                             + ', '.join(f'{loss:.3f}' for loss in found) + ' |')
+                             + ' | '.join(', '.join(f'{loss:.3f}' for loss in some)
+                                          for some in (found, train)) + ' |')
     report(stem, lines)
     draw(points, stem.with_suffix('.png'))
 

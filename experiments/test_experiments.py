@@ -829,6 +829,16 @@ def test_the_commands_of_the_readme(small, tmp_path):
     assert done.returncode == 0 and 'bits/byte' in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize('name', ['python', 'sympy'])
+def test_the_corpus_here_is_that_of_the_results(name):
+    path = ROOT / 'data' / name / 'meta.json'
+    if not path.exists():
+        pytest.skip(f'python data/{name}/prepare.py')
+    results = runs.read(runs.RESULTS / f'direct-default-{name}.jsonl')
+    assert {json.loads(path.read_text(encoding='utf-8'))['sha256']} == {
+        r['sha256'] for r in results}
+
+
 @pytest.mark.parametrize('stem', [
     'bits', 'memory', 'pretraining', 'ptq', 'scaling', 'direct-tiny-python', 'direct-tiny-sympy',
     'direct-small-python', 'direct-small-sympy', 'direct-default-python', 'direct-default-sympy',
