@@ -9,8 +9,8 @@ on two cores; finished ones are skipped.
 """
 import math
 
-from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, losses,
-                              parser_of, report, run_all)
+from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, interval, loss_cells,
+                              losses, parser_of, report, run_all)
 
 # how codes are stored. The rates of these configs were the best of tries on seed 2 with an e, and
 # without one (of ternary codes they hardly matter there)
@@ -81,13 +81,10 @@ def main(options):
              '| codes | e | bits: code + e | val loss | train loss |', '|---|---|---|---|---|']
     for code in CODES:
         for m in GATHERED:
-            found = [*losses(results, name := f'{code}, e of {m}').values()]
-            train = [r['loss_on_train'] for r in results if r['name'] == name]
-            if found:
+            if losses(results, name := f'{code}, e of {m}'):
                 code_bits, more = bits(results, code, m)
                 lines.append(f'| {code} | {m} | {code_bits:.2f} + {more:.2f} | '
-                             + ' | '.join(', '.join(f'{loss:.3f}' for loss in some)
-                                          for some in (found, train)) + ' |')
+                             f'{loss_cells(results, name)} |')
     report(stem, lines)
     draw(results, stem.with_suffix('.png'))
 

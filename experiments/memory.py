@@ -11,7 +11,7 @@ import statistics
 from dataclasses import replace
 
 import train
-from experiments.runs import (RESULTS, Job, arguments, keys, losses, parser_of, report,
+from experiments.runs import (RESULTS, Job, arguments, keys, loss_cells, losses, parser_of, report,
                               run_all)
 from model import GPT
 from quant import Optimizer, bytes_held, rtn_
@@ -104,16 +104,13 @@ def main(options):
     for recipe in RECIPES:
         for most in MEGABYTES:
             found = [*losses(results, name := f'{recipe}, {most} MB').values()]
-            train = [r['loss_on_train'] for r in results if r['name'] == name]
             if found:
                 args = next(job.args for job in todo if job.name == name)
                 (_, model), held = model_of(args), megabytes(args)
                 n, tokens = sum(p.numel() for p in model.parameters()), STEPS * 2048
                 points.setdefault(recipe, []).append((held, 6 * n * tokens, found))
                 lines.append(f'| {recipe} | {most} | {held:.2f} | {n / 1e6:.2f}M | '
-                             f'{tokens / n:.1f} | '
-                             + ' | '.join(', '.join(f'{loss:.3f}' for loss in some)
-                                          for some in (found, train)) + ' |')
+                             f'{tokens / n:.1f} | {loss_cells(results, name)} |')
     report(stem, lines)
     draw(points, stem.with_suffix('.png'))
 

@@ -363,6 +363,12 @@ def interval(values):
 NEAR = 5        # percent: rows that differ by less are taken to spread alike over seeds
 
 
+def loss_cells(results, name):
+    """Two cells of a table: the loss of every seed on validation text, and on that of training."""
+    return ' | '.join(', '.join(f'{r.get(key) or math.inf:.3f}' for r in results
+                                if r['name'] == name) for key in ('val_loss', 'loss_on_train'))
+
+
 def compare(results, a, b):
     """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair. For a
     single pair near b, the width comes from the spread over seeds of all rows near b."""
