@@ -1160,6 +1160,27 @@ def test_the_pages_say_what_was_measured_of_memory():
     assert abs(mean('BitNet without momentum', 9) - mean('direct ternary', 2.25)) < 0.03
 
 
+def test_rates_of_memory_are_the_best_of_those_tried(monkeypatch):
+    """At the smallest size of each recipe; higher and lower ones were tried, too."""
+    tries, above = runs.read(runs.RESULTS / 'tries.jsonl'), []
+    same = lambda a, b: a == b or not isinstance(b, str) and a == pytest.approx(b, rel=1e-3)
+    for recipe, (text, power) in memory.RECIPES.items():
+        found, some = {}, [(runs.keys(r['args']), r['val_loss']) for r in tries
+                           if r['name'].startswith(f'memory {recipe},')]
+        width = min(keys['n_embd'] for keys, _ in some)
+        for p in 0, 0.5, 1, 1.5:
+            monkeypatch.setitem(memory.RECIPES, recipe, (text, p))
+            wanted = runs.keys(memory.args_of(recipe, width))
+            for keys, loss in some:     # codes ignore the learning_rate, and tries do not give it
+                if all(same(keys.get(key, x), x) for key, x in wanted.items()):
+                    found[p] = loss
+        assert min(found, key=found.get) == power and min(found) < power < max(found)
+        above += [found[1.5] - found[1]] if power == 1 else []
+    page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
+    assert f'1.5 was tried, too, and ended {min(above):.1f} to {max(above):.1f} nats higher' in \
+        page.replace(' .', ' 0.')
+
+
 def test_the_page_has_the_costs_and_claims_of_quantizing_a_trained_model():
     lines = (runs.RESULTS / 'ptq.md').read_text(encoding='utf-8').splitlines()
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8').split())
