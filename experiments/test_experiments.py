@@ -920,6 +920,9 @@ def test_the_page_says_what_was_measured_of_direct_training():
                      for without in (False, True)]
             assert row[0].split(';')[0] == side
             assert row[column] == '; without momentum '.join(map(', '.join, filter(None, parts)))
+    beyond = {r['name']: r['val_loss'] for r in runs.read(runs.RESULTS / 'tries.jsonl')}[
+        f'{direct.HOW[direct.ROWS]} learning_rate=0.024']
+    assert f'twice that, tried later, ended at {beyond:.3f}' in page
     for name, seeds, cell in changes:
         mean, half = runs.compare(tiny[0], name, direct.TERNARY)
         assert len(runs.losses(tiny[0], name)) == int(seeds)
