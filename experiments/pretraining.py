@@ -1,16 +1,15 @@
 """
 What each quantized tensor costs in pre-training: paper 1 (2407.11722), and later 4-bit recipes.
 
-    python -m experiments.pretraining       an hour and a half on two cores
+    python -m experiments.pretraining       three and a half hours on two cores
 
 Every row trains a model of width 64, .26M weights in the blocks, on the same 1.6M tokens, none of
 them twice: 6.2 to a weight. Longer training drives runs apart that differ in next to nothing, since
 attention learns this or that, sooner or later: after 2,400 steps, with one head a layer, full
 precision and five ways of 8 bits were 6 % apart (results/tries.jsonl).
 
-Rows that a claim is about are trained with all seeds, the others with the first one. Writes
-results/pretraining.jsonl (one line a run; finished ones are skipped), .md (claims and tables) and
-.png.
+Writes results/pretraining.jsonl (one line a run; finished ones are skipped), .md (claims and
+tables) and .png.
 """
 import math
 import statistics
@@ -19,8 +18,7 @@ from dataclasses import replace
 import torch
 
 from experiments.runs import (RESULTS, SIZES, Job, arguments, claim_lines, compare, decide,
-                              interval, load, losses, parser_of, report, run_all, run_one,
-                              seeded, table)
+                              interval, load, losses, parser_of, report, run_all, run_one, table)
 from quant import fake_quant, linears
 
 SEEDS = 11, 12, 13, 14, 15
@@ -155,24 +153,14 @@ def draw(results, sections, path, most=100):
     ticks.remove(BASE)
     figure, panel = pyplot.subplots(figsize=(8, 0.21 * len(ticks) + 1.2))
     panel.set_xscale('symlog', linthresh=1, linscale=1.5)       # linear between -1 and 1
-    kinds = {   # (label in the legend, style)
-        'seeds': ('mean and 95 % interval', {'fmt': 'o', 'mfc': 'C0'}),
-        'one': ('one seed, and how far seeds of rows near the baseline differ',
-                {'fmt': 'o', 'mfc': 'w'}),
-        'beyond': (f'more than {most} %, or not finite', {'fmt': '>', 'mfc': 'C0'})}
-    drawn = {kind: ([], [], []) for kind in kinds}          # x, y, half the width of the interval
-    for place, name in enumerate(ticks):
-        mean, half = compare(results, name, BASE)
-        if not math.isnan(mean):
-            kind = 'beyond' if mean > most else 'seeds' if len(losses(results, name)) > 1 else 'one'
-            point = min(mean, most), place, half if kind != 'beyond' else 0
-            for values, value in zip(drawn[kind], point):
-                values.append(value)
-    for kind, (label, style) in kinds.items():
-        x, y, halves = drawn[kind]
-        if x:
-            panel.errorbar(x, y, xerr=None if kind == 'beyond' else halves, capsize=2, color='C0',
-                           label=label, **style)
+    found = [(*compare(results, name, BASE), place) for place, name in enumerate(ticks)]
+    for label, mark, points in (
+            ('mean and 95 % interval', 'o', [p for p in found if p[0] <= most]),
+            (f'more than {most} %, or not finite', '>',
+             [(most, 0, place) for mean, _, place in found if mean > most])):
+        if points:
+            x, halves, y = zip(*points)
+            panel.errorbar(x, y, xerr=halves, fmt=mark, capsize=2, color='C0', label=label)
     panel.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for label in panel.get_yticklabels():
         label.set_weight('bold' if label.get_text() in sections else 'normal')
@@ -192,7 +180,7 @@ def draw(results, sections, path, most=100):
 def jobs_of(seeds):
     every = {name: text for section in rows().values() for name, text in section.items()}
     return [Job(name, [*SIZES['tiny'], *arguments(text)], seed)
-            for name, text, seed in seeded(every, CLAIMS, seeds)]
+            for seed in seeds for name, text in every.items()]
 
 
 def main(options):

@@ -307,14 +307,6 @@ class Once(argparse.Action):
         setattr(options, self.dest, [*dict.fromkeys(values)])
 
 
-def seeded(rows, claims, seeds):
-    """[(name, keys, seed)] of {name: keys}: every row with the first seed, and those that a claim
-    is about with the others."""
-    claimed = {name for claim in claims for name in (claim[2], claim[5])}
-    return [(name, text, seed) for seed in seeds for name, text in rows.items()
-            if seed == seeds[0] or name in claimed]
-
-
 def parser_of(doc, seeds=None):
     """An argument parser with --jobs and, where `seeds` are given, --seeds. ROOT, where config/ is,
     becomes the current folder."""
@@ -360,9 +352,6 @@ def interval(values):
     return mean, t.ppf(0.975, n - 1) * statistics.stdev(values) / n ** 0.5 if n > 1 else math.nan
 
 
-NEAR = 5        # percent: rows that differ by less are taken to spread alike over seeds
-
-
 def loss_cells(results, name):
     """Two cells of a table: the loss of every seed on validation text, and on that of training."""
     return ' | '.join(', '.join(f'{r.get(key) or math.inf:.3f}' for r in results
@@ -370,28 +359,9 @@ def loss_cells(results, name):
 
 
 def compare(results, a, b):
-    """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair. For a
-    single pair near b, the width comes from the spread over seeds of all rows near b."""
+    """`interval` of loss(a) / loss(b) - 1 in percent, paired by seed; nan without a pair."""
     percent = differences(results, a, b)
-    if len(percent) != 1 or abs(percent[0]) >= NEAR:
-        return interval(percent) if percent else (math.nan, math.nan)
-    from scipy.stats import t
-    sd, df = spread(results, b)
-    return percent[0], t.ppf(0.975, df) * sd if df else math.nan
-
-
-def spread(results, b):
-    """(standard deviation, degrees of freedom) of loss(a) / loss(b) - 1 in percent over seeds,
-    pooled over rows a that are runs of their own (not made of b's), have several seeds and lie near
-    b. All share the runs of b, so together they count for no more degrees than one of them has."""
-    own = {r['mark'] for r in results if r['name'] == b}
-    every = [differences(results, a, b) for a in {r['name'] for r in results
-                                                  if r['mark'] not in own}]
-    every = [x for x in every if len(x) > 1 and abs(statistics.mean(x)) < NEAR]
-    if not every:
-        return math.nan, 0
-    squares = sum((len(x) - 1) * statistics.variance(x) for x in every)
-    return math.sqrt(squares / sum(len(x) - 1 for x in every)), max(map(len, every)) - 1
+    return interval(percent) if percent else (math.nan, math.nan)
 
 
 def chance(values, bound):
